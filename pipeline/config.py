@@ -1,0 +1,361 @@
+"""Run configs: one YAML file plus dotted overrides, checked whole when built, frozen afterwards.
+
+A field is documented beside the field; `maskmill JOB --help` prints these texts.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import ConfigError
+from pipeline.storage import read_bytes
+
+__all__ = [
+    "CocoSource",
+    "FilesSource",
+    "LabelConfig",
+    "ModelConfig",
+    "OutputConfig",
+    "PackConfig",
+    "ParquetSource",
+    "Resources",
+    "ScenesSource",
+    "SourceConfig",
+    "WebdatasetSource",
+    "describe",
+    "load_config",
+    "redacted",
+]
+
+MAX_YAML_BYTES = 1_000_000
+Auto = Literal["auto"]
+Storage = dict[str, Any]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class _AnySource(Section):
+    storage: Storage = Field({}, description="fsspec options: key, secret, endpoint_url, anon, client_kwargs, ...")
+    limit: int | None = Field(None, ge=1, description="label only the first N images, in plan order")
+    max_pixels: int = Field(200_000_000, ge=1, description="larger images fail as ImageTooLargeError before decoding")
+    max_bytes: int = Field(1_000_000_000, ge=1, description="larger encoded objects fail as ImageTooLargeError unread")
+
+
+class WebdatasetSource(_AnySource):
+    format: Literal["webdataset"]
+    uri: str = Field(description="tar shards (.tar, .tar.gz): a folder, glob or brace pattern, s3://b/s-{000..127}.tar")
+
+
+class ParquetSource(_AnySource):
+    format: Literal["parquet"]
+    uri: str = Field(description="Parquet files: a folder, glob or brace pattern; a unit is one row group")
+    image_column: str = Field("image", description="a binary column, or a struct {bytes, path}")
+    id_column: str | None = Field(None, description="unique string or integer column for image_id; default: row number")
+    target_columns: dict[str, str] = Field(
+        {}, description="columns with encoded targets by kind: semantic, panoptic, segments, instances, depth"
+    )
+    field_columns: tuple[str, ...] = Field((), description="further columns to carry along, for slicing reports")
+
+
+class FilesSource(_AnySource):
+    format: Literal["files"]
+    uri: str = Field(description="image files: a folder (searched below), glob or brace pattern")
+    images: str | None = Field(
+        None,
+        description="path template below uri with captures, e.g. leftImg8bit/{split}/{city}/{id}_leftImg8bit.png; "
+        "without it {dir}, {stem} and {ext} are captured",
+    )
+    targets: dict[str, str] = Field(
+        {},
+        description="target path by kind (semantic, panoptic, segments, instances, depth), built from the captures, "
+        "below uri or absolute, e.g. semantic: gtFine/{split}/{city}/{id}_gtFine_labelIds.png",
+    )
+    unit_images: int = Field(256, ge=1, description="images in one unit; enough for a second of work or more")
+
+
+class CocoSource(_AnySource):
+    format: Literal["coco"]
+    uri: str = Field(description="folder of the images")
+    instances: str | None = Field(None, description="COCO instances JSON")
+    panoptic: str | None = Field(None, description="COCO panoptic JSON")
+    panoptic_masks: str | None = Field(None, description="folder of the panoptic PNGs; default: panoptic without .json")
+    unit_images: int = Field(256, ge=1, description="images in one unit; enough for a second of work or more")
+
+    @model_validator(mode="after")
+    def _has_annotations(self) -> Self:
+        if self.instances is None and self.panoptic is None:
+            raise ValueError("source.instances or source.panoptic must be given for format coco")
+        return self
+
+
+class ScenesSource(_AnySource):
+    format: Literal["scenes"]
+    uri: str = Field("scenes://", description="unused: scenes are generated, the same for each seed on every machine")
+    count: int = Field(200, ge=1, description="how many scenes")
+    start: int = Field(0, ge=0, description="index of the first scene")
+    seed: int = Field(0, ge=0, description="another seed, another world")
+    width: int = Field(256, ge=8, le=8192, description="pixels")
+    height: int = Field(192, ge=8, le=8192, description="pixels")
+    unit_images: int = Field(64, ge=1, description="images in one unit; enough for a second of work or more")
+    targets: tuple[Literal["semantic", "panoptic", "instances", "depth"], ...] = Field(
+        ("semantic", "panoptic", "instances", "depth"), description="which targets to render"
+    )
+
+
+SourceConfig = Annotated[
+    WebdatasetSource | ParquetSource | FilesSource | CocoSource | ScenesSource, Field(discriminator="format")
+]
+
+
+class ModelConfig(Section):
+    name: str | None = Field(None, description="a model of the registry (`maskmill models` lists them)")
+    spec: str | None = Field(None, description='a ModelSpec of your own, "package.module:SPEC"')
+    weights: str = Field(
+        "none",
+        description="none (random, seeded) | bundled:NAME | torchvision:ENUM | hf:REPO | timm:NAME | "
+        "URI of a checkpoint folder, .safetensors or .pt file",
+    )
+    taxonomy: str | None = Field(None, description="label space: a bundled name or a YAML file; default: the model's")
+    label: str | None = Field(None, description="name of this model in the table; default: its spec's name")
+    storage: Storage = Field({}, description="fsspec options for a weights URI")
+    options: dict[str, Any] = Field(
+        {},
+        description="resize, max_size, pad_multiple, score_threshold, max_segments, low_confidence, precision "
+        "(fp32 | bf16 | fp16), channels_last, compile, and what the model's build takes",
+    )
+
+    @model_validator(mode="after")
+    def _is_named(self) -> Self:
+        if self.name and self.spec:
+            raise ValueError("give one of name and spec, not both")
+        if not self.name and not self.spec and ":" not in self.weights and "/" not in self.weights:
+            raise ValueError("one of name, spec, or a weights URI whose checkpoint names its model must be given")
+        return self
+
+
+class OutputConfig(Section):
+    uri: str = Field(description="folder of the prediction table (Delta Lake), local or object storage")
+    storage: Storage = Field({}, description="fsspec options for the output")
+    format: Literal["png", "zstd"] = Field(
+        "png", description="label maps as PNG (opens anywhere) or zstd (raw rows, about 20 times faster to write)"
+    )
+    rows_per_file: int = Field(
+        256, ge=1, le=100_000, description="images per file, and the most work one death can cost each worker"
+    )
+    commit_interval_s: float = Field(5.0, ge=0.1, description="seconds between commits")
+
+
+class Resources(Section):
+    workers: int | Auto = Field("auto", description="predicting actors; auto: one per GPU, else one per node")
+    gpus_per_worker: float | Auto = Field("auto", description="auto: 1 where the cluster has GPUs, else 0")
+    cpus_per_worker: float = Field(1.0, ge=0, description="logical CPUs that Ray reserves for one worker")
+    memory_per_worker_bytes: int | None = Field(None, ge=1, description="heap that Ray reserves for one worker")
+    torch_threads: int | Auto = Field("auto", description="threads of the forward pass on CPU; auto: the node's cores")
+    decode_threads: int | Auto = Field("auto", description="decoding and encoding threads; auto: 2 to 8 by cores")
+    calls_per_worker: int = Field(2, ge=1, le=8, description="units in work at once; while one predicts, others decode")
+    layout: Literal["fused", "split"] = Field(
+        "fused", description="fused: workers read and decode; split: CPU tasks on any node read and decode for them"
+    )
+    readers: int | Auto = Field("auto", description="split layout: reading tasks at once")
+    batch_pixels: int | Auto = Field(
+        "auto", description="padded pixels in one batch; auto: 1e6 on CPU, by memory on a GPU; halves when out of memory"
+    )
+    tile_pixels: int = Field(4_194_304, ge=65_536, description="larger inputs are tiled, with overlap and blending")
+    object_store_bytes: int | None = Field(None, ge=80_000_000, description="local Ray only: size of its object store")
+
+
+class LabelConfig(Section):
+    """Label a corpus with one or several models into one table."""
+
+    source: SourceConfig = Field(description="where the images come from")
+    models: tuple[ModelConfig, ...] = Field(min_length=1, description="each image gets one row per model")
+    output: OutputConfig = Field(description="where the table is")
+    failure_budget: float = Field(
+        0.01, ge=0, le=1, description="share of failed rows that stops the run, after 1000 rows or at the end"
+    )
+    retry: Literal["none", "failed"] = Field("none", description="failed: label again what failed before")
+    on_changed: Literal["stop", "relabel"] = Field(
+        "stop", description="when a unit changed after it was labelled: stop, or drop its rows and label it again"
+    )
+    seed: int = Field(0, ge=0, description="seed of random weights")
+    resources: Resources = Field(Resources(), description="the cluster's share for this run")
+    ray_address: str | None = Field(None, description="Ray cluster to join; default: RAY_ADDRESS, else a local one")
+
+
+class PackConfig(Section):
+    """Pack any source into tar shards."""
+
+    source: SourceConfig = Field(description="where the images come from")
+    output: OutputConfig = Field(description="folder of the tar shards")
+    images_per_shard: int = Field(1000, ge=1, description="images in one tar")
+
+
+class _SafeLoader(yaml.SafeLoader):
+    """YAML without anchors and aliases: a file of a few lines must not unfold into gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise yaml.YAMLError(f"anchors and aliases are not allowed (line {event.start_mark.line + 1})")
+        return super().compose_node(parent, index)  # type: ignore[arg-type]
+
+
+def load_yaml(text: str, where: str) -> Any:
+    """One YAML document of plain values. Raises ConfigError that names `where`."""
+    try:
+        return yaml.load(text, Loader=_SafeLoader)  # noqa: S506  (a SafeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{where} is not readable YAML: {' '.join(str(error).split())}") from error
+
+
+def load_config[T: Section](kind: type[T], uri: str | None, overrides: Sequence[str] = ()) -> T:
+    """Read `uri` (YAML), apply `dotted.key=value` overrides (values are YAML), and check the whole.
+
+    Raises ConfigError for unreadable YAML, an unknown key (with the nearest known one), or a value that does not fit;
+    StorageError where the file cannot be read.
+    """
+    tree: Any = {}
+    if uri is not None:
+        tree = load_yaml(read_bytes(uri, max_bytes=MAX_YAML_BYTES).decode("utf-8", "replace"), uri)
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{uri} must hold a mapping of fields, got {type(tree).__name__}")
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"expected dotted.key=value, got {override!r}")
+        _set(tree, key.split("."), load_yaml(value, key), key)
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_message(kind, error)) from error
+
+
+def _set(tree: Any, keys: list[str], value: Any, whole: str) -> None:
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        slot: Any = key
+        if isinstance(tree, list):
+            if not key.isdecimal() or int(key) > len(tree):
+                raise ConfigError(f"{whole}: expected an index from 0 to {len(tree)}, got {key!r}")
+            slot = int(key)
+            if slot == len(tree):
+                tree.append({})
+        elif not isinstance(tree, dict):
+            raise ConfigError(f"{whole}: {'.'.join(keys[:depth])} is a {type(tree).__name__}, it has no field {key!r}")
+        if last:
+            tree[slot] = value
+            return
+        if isinstance(tree, dict) and tree.get(slot) is None:
+            tree[slot] = [] if keys[depth + 1].isdecimal() else {}
+        tree = tree[slot]
+
+
+def _message(kind: type[Section], error: ValidationError) -> str:
+    lines = []
+    for item in error.errors(include_url=False):
+        path = [str(part) for part in item["loc"]]
+        if item["type"] == "extra_forbidden":
+            where, key = ".".join(_without_tags(path[:-1])), path[-1]
+            close = difflib.get_close_matches(key, _fields_at(kind, path[:-1]), n=3, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            lines.append(f"unknown key {key!r} in {where or 'the config'}{hint}")
+        else:
+            got = "" if item["type"] in {"missing", "value_error"} else f", got {_short(item.get('input'))}"
+            text = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{'.'.join(_without_tags(path)) or 'config'}: {text[0].lower()}{text[1:]}{got}")
+    return "; ".join(lines)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+def _without_tags(path: list[str]) -> list[str]:
+    """Pydantic puts the tag of a discriminated union into the path; nobody wrote it there."""
+    return [part for index, part in enumerate(path) if not (index == 1 and path[0] == "source" and part in SOURCES)]
+
+
+def _section(annotation: Any, path: list[str]) -> type[Section] | None:
+    if not path and isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        field = annotation.model_fields.get(path[0])
+        return _section(field.annotation, path[1:]) if field else None
+    for option in get_args(annotation):
+        if path and isinstance(option, type) and issubclass(option, Section):
+            tag = option.model_fields.get("format")
+            if tag and path[0] in get_args(tag.annotation):
+                return _section(option, path[1:])
+        found = _section(option, path[1:] if path and path[0].isdecimal() else path)
+        if found:
+            return found
+    return None
+
+
+def _fields_at(kind: type[Section], path: list[str]) -> list[str]:
+    section = _section(kind, path)
+    return list(section.model_fields) if section else []
+
+
+SOURCES: dict[str, type[_AnySource]] = {
+    "webdataset": WebdatasetSource,
+    "parquet": ParquetSource,
+    "files": FilesSource,
+    "coco": CocoSource,
+    "scenes": ScenesSource,
+}
+
+
+def describe(kind: type[Section], prefix: str = "") -> list[tuple[str, str, str]]:
+    """Every field as (dotted name, default, meaning), nested sections unfolded, for `--help`."""
+    rows: list[tuple[str, str, str]] = []
+    for name, field in kind.model_fields.items():
+        dotted = f"{prefix}{name}"
+        if field.annotation is not None and name == "source":
+            rows.append(("source.format", "required", " | ".join(SOURCES)))
+            common = set(_AnySource.model_fields)
+            rows += [row for row in describe(_AnySource, "source.")]
+            for tag, section in SOURCES.items():
+                own = [row for row in describe(section, "source.") if row[0][7:] not in common | {"format"}]
+                rows += [(dotted, default, f"[{tag}] {text}") for dotted, default, text in own]
+            continue
+        section = _section(field.annotation, []) or _section(field.annotation, ["0"])
+        if section is not None:
+            repeated = ".N." if field.annotation is not section else "."
+            rows += describe(section, f"{dotted}{repeated}")
+            continue
+        default = "required" if field.is_required() else json.dumps(field.default, default=str)
+        rows.append((dotted, default, field.description or ""))
+    return rows
+
+
+def redacted(config: Section) -> dict[str, Any]:
+    """The resolved config as plain values with every storage option's value hidden except addresses."""
+
+    def walk(value: Any, key: str = "") -> Any:
+        if key == "storage" and isinstance(value, Mapping):
+            return {name: _redact(name, option) for name, option in value.items()}
+        if isinstance(value, Mapping):
+            return {name: walk(item, name) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [walk(item) for item in value]
+        return value
+
+    result: dict[str, Any] = walk(config.model_dump(mode="json"))
+    return result
+
+
+def _redact(name: str, option: Any) -> Any:
+    if isinstance(option, Mapping):
+        return {key: _redact(key, value) for key, value in option.items()}
+    return option if name in {"endpoint_url", "region_name", "anon", "use_ssl", "verify"} else "***"
+
+
+

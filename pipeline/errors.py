@@ -1,0 +1,104 @@
+"""The error tree: a RunError stops the run with an exit code, a RowError is recorded on its row and the run goes on.
+
+Every class takes one positional message, so that each error survives pickling between Ray processes.
+"""
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "CorruptImageError",
+    "FailureBudgetExceeded",
+    "ImageTooLargeError",
+    "MaskmillError",
+    "PredictError",
+    "PredictTimeoutError",
+    "RowError",
+    "RunError",
+    "SchemaError",
+    "SourceChangedError",
+    "StorageError",
+    "TargetMismatchError",
+    "UnknownModelError",
+    "UnreadableError",
+]
+
+EXIT_OK = 0
+EXIT_UNEXPECTED = 1
+EXIT_CONFIG = 2
+EXIT_BUDGET = 3
+EXIT_STORAGE = 4
+EXIT_INTERRUPTED = 130
+
+
+class MaskmillError(Exception):
+    """Root of all errors that this package raises on purpose."""
+
+
+class RunError(MaskmillError):
+    """Stops the run; what is committed stays committed."""
+
+    exit_code = EXIT_UNEXPECTED
+
+
+class ConfigError(RunError):
+    """The run cannot start as configured."""
+
+    exit_code = EXIT_CONFIG
+
+
+class UnknownModelError(ConfigError):
+    """A model name that is not in the registry."""
+
+
+class CheckpointError(ConfigError):
+    """Weights that cannot be found, are not safe to read, or do not fit the model."""
+
+
+class SchemaError(ConfigError):
+    """A table or file whose columns are not the ones expected."""
+
+
+class StorageError(RunError):
+    """Storage that refuses, is missing or keeps failing."""
+
+    exit_code = EXIT_STORAGE
+
+
+class SourceChangedError(RunError):
+    """A unit whose content is no longer what the committed rows were made from."""
+
+    exit_code = EXIT_STORAGE
+
+
+class FailureBudgetExceeded(RunError):  # noqa: N818  (the name of the contract)
+    """More rows failed than `failure_budget` allows."""
+
+    exit_code = EXIT_BUDGET
+
+
+class RowError(MaskmillError):
+    """Recorded on one row (`error_type`, `error_stage`, `error_message`); the run goes on."""
+
+
+class UnreadableError(RowError):
+    """Bytes that could not be read: a missing object, a refused object, a cut archive."""
+
+
+class CorruptImageError(RowError):
+    """Bytes that are no image, or not a whole one."""
+
+
+class ImageTooLargeError(RowError):
+    """An image over `max_pixels`, an object over the size limit, or one that no memory budget fits."""
+
+
+class TargetMismatchError(RowError):
+    """A target whose size or ids do not fit its image or taxonomy."""
+
+
+class PredictError(RowError):
+    """The model raised on this image, or gave values that are no prediction."""
+
+
+class PredictTimeoutError(RowError):
+    """The model did not answer for this image in time."""

@@ -1,0 +1,136 @@
+"""What every source promises: a cheap plan of units, and a reader that streams one unit's samples in order.
+
+A unit is what one worker reads: a tar shard, a row group, a slice of a listing. Planning lists and never opens samples;
+reading yields encoded bytes and never decodes them. A sample that cannot be read is yielded with its error, so that
+nothing vanishes.
+"""
+
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pipeline.errors import RowError, StorageError, UnreadableError
+
+__all__ = ["Sample", "Source", "Unit", "UnitEnd", "read_unit", "unreadable"]
+
+READ_ATTEMPTS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """One unit of work, small enough to plan a million of.
+
+    shard_id: URI relative to the source's root, plus `#n` where a file or listing is cut.
+    location: what the reader opens (absolute, fsspec style).
+    size_bytes: encoded size, for packing and ETA; 0 where unknown.
+    fingerprint: changes whenever the content may have (size and etag or mtime).
+    rows: how many samples it holds, where that is known without opening it.
+    cut: which part of `location` (row group, slice).
+    stop: only positions below it belong to this run (`source.limit`).
+    payload: what else the reader needs, opaque to everybody else.
+    """
+
+    shard_id: str
+    location: str
+    size_bytes: int
+    fingerprint: str
+    rows: int | None = None
+    cut: int = 0
+    stop: int | None = None
+    payload: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One image as the source holds it.
+
+    image: encoded bytes, empty where `error` is set.
+    targets: encoded targets by kind: `semantic` (PNG), `panoptic` (PNG), `segments` (JSON), `instances` (JSON),
+        `depth` (PNG, 16-bit).
+    fields: further columns that the source knows (captures of a path template, for slicing reports).
+    """
+
+    image_id: str
+    shard_id: str
+    position: int
+    image: bytes
+    targets: Mapping[str, bytes] = field(default_factory=dict)
+    fields: Mapping[str, str] = field(default_factory=dict)
+    error: RowError | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitEnd:
+    """The last thing a reader yields: how many positions the unit has, skipped and failed ones included."""
+
+    rows: int
+
+
+class Source(Protocol):
+    """Where samples come from. Instances are small, picklable and hold no open files."""
+
+    def plan(self) -> Iterator[Unit]:
+        """List the units in a stable order.
+
+        Raises StorageError where the root is missing or refused, ConfigError where nothing matches.
+        """
+        ...
+
+    def read(self, unit: Unit, done: Container[int]) -> Iterator[Sample | UnitEnd]:
+        """Stream the samples of `unit` whose position is not in `done`, by ascending position, then one UnitEnd.
+
+        Raises StorageError for a fault that may pass (a reset, a timeout); what stays wrong is yielded as a Sample
+        with an error.
+        """
+        ...
+
+
+def unreadable(unit: Unit, position: int, reason: str) -> Iterator[Sample | UnitEnd]:
+    """The rest of a unit from `position` on as one recorded failure."""
+    where = f"{unit.shard_id}: {reason}" if position == 0 else f"{unit.shard_id} from sample {position} on: {reason}"
+    yield Sample(
+        image_id=f"{unit.shard_id}/!unreadable",
+        shard_id=unit.shard_id,
+        position=position,
+        image=b"",
+        error=UnreadableError(where),
+    )
+    yield UnitEnd(rows=position + 1)
+
+
+class _Both:
+    """Two containers seen as one."""
+
+    def __init__(self, first: Container[int], second: Container[int]) -> None:
+        self.first, self.second = first, second
+
+    def __contains__(self, position: object) -> bool:
+        return position in self.first or position in self.second
+
+
+def read_unit(
+    source: Source, unit: Unit, done: Container[int], attempts: int = READ_ATTEMPTS
+) -> Iterator[Sample | UnitEnd]:
+    """`source.read` that survives passing storage faults: it reads again and skips what it has already yielded.
+
+    After `attempts` faults without a sample in between, the rest of the unit becomes one failed sample.
+    """
+    seen: set[int] = set()
+    position = 0
+    faults = 0
+    while True:
+        try:
+            for item in source.read(unit, _Both(done, seen)):
+                if isinstance(item, UnitEnd):
+                    yield item
+                    return
+                yield item
+                seen.add(item.position)
+                position, faults = item.position + 1, 0
+        except StorageError as error:
+            faults += 1
+            if faults >= attempts:
+                while position in done:
+                    position += 1
+                yield from unreadable(unit, position, f"{error} (after {attempts} attempts)")
+                return
