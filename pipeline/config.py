@@ -118,8 +118,8 @@ class ModelConfig(Section):
     spec: str | None = Field(None, description='a ModelSpec of your own, "package.module:SPEC"')
     weights: str = Field(
         "none",
-        description="none (random, seeded) | bundled:NAME | torchvision:ENUM | hf:REPO | timm:NAME | "
-        "URI of a checkpoint folder, .safetensors or .pt file",
+        description="none (random, seeded) | bundled:NAME | torchvision:ENUM | "
+        "path or URI of a checkpoint folder, .safetensors or .pt file",
     )
     taxonomy: str | None = Field(None, description="label space: a bundled name or a YAML file; default: the model's")
     label: str | None = Field(None, description="name of this model in the table; default: its spec's name")
@@ -167,6 +167,9 @@ class Resources(Section):
         "auto", description="padded pixels in one batch; auto: 1e6 on CPU, by memory on a GPU; halves when out of memory"
     )
     tile_pixels: int = Field(4_194_304, ge=65_536, description="larger inputs are tiled, with overlap and blending")
+    predict_timeout_s: float = Field(
+        600.0, gt=0, description="a batch that takes longer fails its images as PredictTimeoutError"
+    )
     object_store_bytes: int | None = Field(None, ge=80_000_000, description="local Ray only: size of its object store")
 
 

@@ -1,0 +1,111 @@
+"""From a model's output to predictions at each image's own size: one function per task."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.models.spec import Frame, Instances, PostContext, Postprocess, Prediction, Quality, Task
+
+__all__ = ["POSTPROCESS", "POSTPROCESS_VERSION", "dense_output", "semantic_from_logits"]
+
+# Part of every model_version: raise it when the same output would become other labels.
+POSTPROCESS_VERSION = 1
+QUALITY_STRIDE = 4
+
+
+def dense_output(output: Any) -> Tensor:
+    """The dense tensor of an output: logits_BKHW, or torchvision's {"out": logits_BKHW}."""
+    tensor = output["out"] if isinstance(output, Mapping) else output
+    if not isinstance(tensor, Tensor) or tensor.ndim != 4:
+        raise TypeError(f"expected a tensor of B, K, H, W, got {type(tensor).__name__} {getattr(tensor, 'shape', '')}")
+    return tensor
+
+
+def semantic(output: Any, frames: Sequence[Frame], context: PostContext) -> list[Prediction]:
+    """logits_BKHW of a padded batch -> one label map per frame."""
+    logits_BKHW = dense_output(output).float()
+    return [
+        semantic_from_logits(logits_KHW[:, : frame.prepared_height, : frame.prepared_width], frame, context)
+        for logits_KHW, frame in zip(logits_BKHW, frames, strict=True)
+    ]
+
+
+def semantic_from_logits(logits_KHW: Tensor, frame: Frame, context: PostContext) -> Prediction:
+    """Logits are brought to the image's size (bilinear, half-pixel centres) before the argmax, as the official
+    evaluations do; ties go to the lowest class."""
+    quality = _quality(logits_KHW[:, ::QUALITY_STRIDE, ::QUALITY_STRIDE], context.low_confidence)
+    return Prediction(label_HW=_to_ids(_argmax_at_size(logits_KHW, frame), context), quality=quality)
+
+
+def _argmax_at_size(logits_KHW: Tensor, frame: Frame) -> Tensor:
+    size = (frame.height, frame.width)
+    if logits_KHW.shape[1:] != size:
+        logits_KHW = functional.interpolate(logits_KHW[None], size=size, mode="bilinear", align_corners=False)[0]
+    return logits_KHW.argmax(0)
+
+
+def _to_ids(index_HW: Tensor, context: PostContext) -> np.ndarray[Any, Any]:
+    ids = np.asarray(context.taxonomy.ids, context.taxonomy.dtype)
+    index = index_HW.to(torch.uint8 if len(ids) <= 256 else torch.int32).cpu().numpy()
+    if np.array_equal(ids, np.arange(len(ids))):
+        return index.astype(context.taxonomy.dtype, copy=False)
+    return np.asarray(ids[index])
+
+
+def _quality(logits_KHW: Tensor, low_confidence: float) -> Quality:
+    log_probability = functional.log_softmax(logits_KHW, dim=0)
+    probability = log_probability.exp()
+    largest = probability.amax(0)
+    entropy = -(probability * log_probability).sum(0)
+    values = torch.stack([largest.mean(), entropy.mean(), (largest < low_confidence).float().mean()]).cpu().tolist()
+    return Quality(*values)
+
+
+def instance(output: Any, frames: Sequence[Frame], context: PostContext) -> list[Prediction]:
+    """Detections in prepared pixels -> the best `max_segments` of at least `score_threshold`, in decoded pixels.
+
+    `output`: per frame a mapping of boxes (N, 4), scores (N), labels (N; category ids), masks (N, 1, M, M).
+    """
+    predictions = []
+    for detection, frame in zip(output, frames, strict=True):
+        order = torch.argsort(detection["scores"], descending=True, stable=True)
+        order = order[detection["scores"][order] >= context.score_threshold][: context.max_segments]
+        scale = torch.tensor(
+            [frame.width / frame.prepared_width, frame.height / frame.prepared_height] * 2, dtype=torch.float32
+        )
+        instances = Instances(
+            boxes_N4=(detection["boxes"][order].float().cpu() * scale).numpy(),
+            scores_N=detection["scores"][order].float().cpu().numpy(),
+            category_ids_N=detection["labels"][order].cpu().numpy().astype(np.int64),
+            masks_NMM=detection["masks"][order][:, 0].float().cpu().numpy(),
+        )
+        predictions.append(Prediction(instances=instances))
+    return predictions
+
+
+def depth(output: Any, frames: Sequence[Frame], context: PostContext) -> list[Prediction]:
+    """depth_B1HW or depth_BHW of a padded batch -> one depth map per frame, bilinear."""
+    depth_BHW = output["out"] if isinstance(output, Mapping) else output
+    depth_B1HW = depth_BHW[:, None] if depth_BHW.ndim == 3 else depth_BHW
+    return [
+        depth_from_map(depth_1HW[:, : frame.prepared_height, : frame.prepared_width].float(), frame, context)
+        for depth_1HW, frame in zip(depth_B1HW, frames, strict=True)
+    ]
+
+
+def depth_from_map(depth_1HW: Tensor, frame: Frame, context: PostContext) -> Prediction:
+    size = (frame.height, frame.width)
+    if depth_1HW.shape[1:] != size:
+        depth_1HW = functional.interpolate(depth_1HW[None], size=size, mode="bilinear", align_corners=False)[0]
+    return Prediction(depth_HW=depth_1HW[0].cpu().numpy(), depth_kind=context.depth_kind)
+
+
+POSTPROCESS: dict[Task, Postprocess] = {"semantic": semantic, "instance": instance, "depth": depth}
+FROM_DENSE: dict[Task, Callable[[Tensor, Frame, PostContext], Prediction]] = {
+    "semantic": semantic_from_logits,
+    "depth": depth_from_map,
+}

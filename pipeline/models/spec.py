@@ -1,0 +1,151 @@
+"""What a model is to the pipeline: how it is built, what goes in, what comes out, in which label space."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from pipeline.taxonomy import Taxonomy
+
+__all__ = ["Frame", "Instances", "ModelSpec", "Prediction", "Preprocess", "PostContext", "Quality", "Task"]
+
+Task = Literal["semantic", "instance", "depth"]
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """From image_HWC uint8 to the model's input: resize, scale to 0..1, subtract mean, divide by std, pad with zeros.
+
+    resize: target length of the short side in pixels, None = as it is.
+    max_size: limit of the long side in pixels after resizing; it wins over `resize`.
+    pad_multiple: right and bottom are padded to a multiple of it, so the input depends on the image alone and never on
+        its neighbours in the batch.
+    antialias: low-pass filter when shrinking (what torchvision's presets do; its detectors do not).
+    """
+
+    resize: int | None = None
+    max_size: int | None = None
+    pad_multiple: int = 32
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    antialias: bool = True
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of an image after resizing, at least 1."""
+        scale = 1.0 if self.resize is None else self.resize / min(height, width)
+        if self.max_size is not None:
+            scale = min(scale, self.max_size / max(height, width))
+        return max(1, round(height * scale)), max(1, round(width * scale))
+
+    def padded(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width after padding."""
+        step = self.pad_multiple
+        return -(-height // step) * step, -(-width // step) * step
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Sizes of one image of a batch: as decoded, and as prepared (without padding), in pixels."""
+
+    height: int
+    width: int
+    prepared_height: int
+    prepared_width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """Cheap confidence of one label map, over every fourth pixel in each direction.
+
+    mean_max_probability: 0..1. mean_entropy: nats. low_confidence_share: share of pixels whose largest probability is
+    below `low_confidence`.
+    """
+
+    mean_max_probability: float
+    mean_entropy: float
+    low_confidence_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Instances:
+    """Detections of one image, compact: masks stay at the head's resolution until they are encoded.
+
+    boxes_N4: float32 x1, y1, x2, y2 in pixels of the decoded image. scores_N: float32. category_ids_N: int64.
+    masks_NMM: float32 probabilities inside each box.
+    """
+
+    boxes_N4: npt.NDArray[np.float32]
+    scores_N: npt.NDArray[np.float32]
+    category_ids_N: npt.NDArray[np.int64]
+    masks_NMM: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a model says of one image, at the image's own size. One of label_HW, instances and depth_HW is set."""
+
+    label_HW: npt.NDArray[Any] | None = None
+    instances: Instances | None = None
+    depth_HW: npt.NDArray[np.float32] | None = None
+    depth_kind: str = ""
+    quality: Quality | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PostContext:
+    """What turns a model's output into labels, beside its weights. Part of the model's version.
+
+    score_threshold, max_segments: instances kept. low_confidence: the bound of Quality.low_confidence_share.
+    depth_kind: metric_m, relative or inverse_relative.
+    """
+
+    taxonomy: Taxonomy
+    score_threshold: float = 0.5
+    max_segments: int = 100
+    low_confidence: float = 0.5
+    depth_kind: str = "metric_m"
+
+
+Postprocess = Callable[[Any, Sequence[Frame], PostContext], list[Prediction]]
+Forward = Callable[[nn.Module, Any, Sequence[Frame]], Any]
+
+
+def call(module: nn.Module, image_BCHW: Any, frames: Sequence[Frame]) -> Any:  # noqa: ARG001
+    """The usual forward pass: the module on the padded batch."""
+    return module(image_BCHW)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """One model of the registry, or of a user's own (`models: [{spec: "package.module:SPEC"}]`).
+
+    build: `(num_classes, **options) -> nn.Module` with random weights; weights are loaded into it afterwards.
+    num_classes: outputs for a taxonomy; by default one per category.
+    forward: runs the module on image_BCHW (float, normalised, padded) and the frames' sizes.
+    postprocess: its output -> one Prediction per frame, at the frame's decoded size. None: the task's own.
+    dense: the output has the input's layout, so that an oversize image can be cut into blended tiles.
+    license: of the weights; commercial: False where it forbids commercial use.
+    """
+
+    name: str
+    task: Task
+    build: Callable[..., nn.Module]
+    preprocess: Preprocess
+    taxonomy: str
+    license: str
+    num_classes: Callable[[Taxonomy], int] = lambda taxonomy: len(taxonomy.categories)
+    forward: Forward = call
+    postprocess: Postprocess | None = None
+    commercial: bool = True
+    paper: str = ""
+    weights: tuple[str, ...] = ()
+    options: Mapping[str, Any] | None = None
+
+    @property
+    def dense(self) -> bool:
+        return self.task in ("semantic", "depth")

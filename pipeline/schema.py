@@ -1,0 +1,94 @@
+"""Column names, Arrow schemas and the axis legend.
+
+Axes in names: B batch, C channels, H rows, W columns, K classes, N segments. `image_HWC` is uint8 RGB, `logits_BKHW`
+float, `label_HW` uint8 or uint16 ids of a taxonomy, `depth_HW` float32.
+"""
+
+import pyarrow as pa
+
+__all__ = [
+    "DEPTH",
+    "FAILED",
+    "MODEL",
+    "OK",
+    "PREDICTIONS",
+    "QUALITY",
+    "SEGMENTS",
+    "SEMANTIC",
+    "UNITS",
+]
+
+MODEL = "model"
+OK = "ok"
+FAILED = "failed"
+
+SEMANTIC = pa.struct([("format", pa.string()), ("data", pa.binary())])
+RLE = pa.string()
+BBOX = pa.list_(pa.float32())
+SEGMENTS = pa.list_(
+    pa.struct(
+        [
+            ("id", pa.int32()),
+            ("category_id", pa.int32()),
+            ("score", pa.float32()),
+            ("area", pa.int64()),
+            ("bbox", BBOX),
+            ("rle", RLE),
+        ]
+    )
+)
+DEPTH = pa.struct(
+    [
+        ("format", pa.string()),
+        ("data", pa.binary()),
+        ("scale", pa.float64()),
+        ("offset", pa.float64()),
+        ("kind", pa.string()),
+    ]
+)
+QUALITY = pa.struct(
+    [
+        ("mean_max_probability", pa.float32()),
+        ("mean_entropy", pa.float32()),
+        ("low_confidence_share", pa.float32()),
+    ]
+)
+
+# One row per (image, model). `model` is the partition column: part of the table, not of its files.
+PREDICTIONS = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("shard_id", pa.string()),
+        ("position", pa.int32()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        (MODEL, pa.string()),
+        ("model_version", pa.string()),
+        ("status", pa.string()),
+        ("error_type", pa.string()),
+        ("error_stage", pa.string()),
+        ("error_message", pa.string()),
+        ("attempts", pa.int32()),
+        ("semantic", SEMANTIC),
+        ("segments", SEGMENTS),
+        ("depth", DEPTH),
+        ("quality", QUALITY),
+        ("run_id", pa.string()),
+        ("labeled_at", pa.timestamp("us", tz="UTC")),
+    ]
+)
+
+# What is known of each unit, as a log: the last line of a (shard_id, model_version) counts. `model_version` is empty on
+# lines of the plan; on others `rows` is set where the unit is finished and null where it was opened again.
+UNITS = pa.schema(
+    [
+        ("order", pa.int64()),
+        ("shard_id", pa.string()),
+        ("model_version", pa.string()),
+        ("fingerprint", pa.string()),
+        ("size_bytes", pa.int64()),
+        ("rows", pa.int64()),
+        ("stop", pa.int64()),
+        ("run_id", pa.string()),
+    ]
+)

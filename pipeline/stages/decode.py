@@ -1,0 +1,131 @@
+"""Encoded samples to what each model takes: decoded once, prepared once per model, errors kept on the sample."""
+
+import time
+from collections.abc import Container, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from pipeline.errors import RowError
+from pipeline.images import decode_image
+from pipeline.models.spec import Preprocess
+from pipeline.sources.base import Sample, Source, Unit, UnitEnd, read_unit
+from pipeline.stages.predict import Prepared, prepare
+from pipeline.stages.stream import map_ordered, read_ahead
+
+__all__ = ["Decoded", "Decoder"]
+
+READ_AHEAD_SAMPLES = 64
+READ_AHEAD_BYTES = 128_000_000
+DECODED_BYTES = 512_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoded:
+    """One sample after decoding. prepared: one entry per model, None where that model has its row already.
+
+    width, height: of the decoded image, 0 where `error` is set. read_s, decode_s, prepare_s: thread seconds spent on it.
+    """
+
+    image_id: str
+    shard_id: str
+    position: int
+    width: int = 0
+    height: int = 0
+    prepared: tuple[Prepared | None, ...] = ()
+    error: RowError | None = None
+    error_stage: str = ""
+    read_s: float = 0.0
+    decode_s: float = 0.0
+    prepare_s: float = 0.0
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(item.image_CHW.nbytes for item in self.prepared if item is not None)
+
+
+class Decoder:
+    """Reads units of a source and decodes them on a thread pool."""
+
+    def __init__(
+        self, source: Source, preprocesses: Sequence[Preprocess], *, max_pixels: int, pool: Executor, threads: int
+    ) -> None:
+        self.source = source
+        self.preprocesses = tuple(preprocesses)
+        self.max_pixels = max_pixels
+        self._pool = pool
+        self._threads = threads
+
+    def stream(self, unit: Unit, done: Sequence[Container[int]]) -> Iterator[Decoded | UnitEnd]:
+        """Decode the unit's samples that any model still lacks, in order of position; a UnitEnd comes last.
+
+        done: per model, the positions that need no row. A sample that all of them have is never decoded.
+        """
+        samples = read_ahead(
+            _timed(read_unit(self.source, unit, _InAll(done))),
+            count=READ_AHEAD_SAMPLES,
+            weight=lambda timed: len(timed[0].image) if isinstance(timed[0], Sample) else 0,
+            limit=READ_AHEAD_BYTES,
+        )
+        yield from map_ordered(
+            self._pool,
+            lambda timed: self.decode(timed[0], done, timed[1]) if isinstance(timed[0], Sample) else timed[0],
+            samples,
+            count=2 * self._threads,
+            weight=lambda item: item.size_bytes if isinstance(item, Decoded) else 0,
+            limit=DECODED_BYTES,
+        )
+
+    def decode(self, sample: Sample, done: Sequence[Container[int]], read_s: float = 0.0) -> Decoded:
+        """Decode and prepare one sample; what goes wrong is recorded with its stage."""
+        if sample.error is not None:
+            return _failed(sample, sample.error, "read", read_s)
+        started = time.perf_counter()
+        try:
+            image_HWC = decode_image(sample.image, max_pixels=self.max_pixels)
+        except RowError as error:
+            return _failed(sample, error, "decode", read_s)
+        decoded = time.perf_counter()
+        prepared = tuple(
+            None if sample.position in rows else prepare(image_HWC, preprocess)
+            for rows, preprocess in zip(done, self.preprocesses, strict=True)
+        )
+        return Decoded(
+            image_id=sample.image_id,
+            shard_id=sample.shard_id,
+            position=sample.position,
+            height=image_HWC.shape[0],
+            width=image_HWC.shape[1],
+            prepared=prepared,
+            read_s=read_s,
+            decode_s=decoded - started,
+            prepare_s=time.perf_counter() - decoded,
+        )
+
+
+def _timed(items: Iterator[Sample | UnitEnd]) -> Iterator[tuple[Sample | UnitEnd, float]]:
+    """Each item with the seconds that it took to get."""
+    started = time.perf_counter()
+    for item in items:
+        yield item, time.perf_counter() - started
+        started = time.perf_counter()
+
+
+def _failed(sample: Sample, error: RowError, stage: str, read_s: float) -> Decoded:
+    return Decoded(
+        image_id=sample.image_id,
+        shard_id=sample.shard_id,
+        position=sample.position,
+        error=error,
+        error_stage=stage,
+        read_s=read_s,
+    )
+
+
+class _InAll:
+    """Positions that every model has."""
+
+    def __init__(self, done: Sequence[Container[int]]) -> None:
+        self.done = done
+
+    def __contains__(self, position: object) -> bool:
+        return all(position in rows for rows in self.done)

@@ -1,0 +1,304 @@
+"""The labelling of one unit as one stream: read, decode, batch, predict, encode, write, in overlapping threads."""
+
+import os
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Container, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import groupby
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from pipeline.config import ModelConfig, OutputConfig, Resources, SourceConfig
+from pipeline.errors import ConfigError, PredictTimeoutError, RowError
+from pipeline.models.load import load_model
+from pipeline.models.spec import Prediction
+from pipeline.schema import FAILED, OK
+from pipeline.sources.base import Unit, UnitEnd
+from pipeline.sources.registry import open_source
+from pipeline.stages.batching import PixelBatcher
+from pipeline.stages.decode import Decoded, Decoder
+from pipeline.stages.device import Device, Job
+from pipeline.stages.encode import encode
+from pipeline.stages.predict import Predict, Prepared, choose_device, default_batch_pixels
+from pipeline.table import FILE_SCHEMA, FileRecord, write_file
+
+__all__ = ["STAGES", "LabelPlan", "Labeller", "Window", "WorkItem", "thread_count"]
+
+STAGES = ("read", "decode", "prepare", "predict", "encode", "write")
+BATCHES_AHEAD = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelPlan:
+    """What every worker of a run is given. versions: the model_version expected of each model, by label."""
+
+    source: SourceConfig
+    models: tuple[ModelConfig, ...]
+    output: OutputConfig
+    resources: Resources
+    versions: Mapping[str, str]
+    run_id: str
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkItem:
+    """One unit to label. done: per model, positions that have their row. attempts: per model, earlier tries by
+    position, of rows that failed before."""
+
+    unit: Unit
+    done: tuple[Container[int], ...]
+    attempts: tuple[Mapping[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """What one window of a unit came to: its files (all committed together), and the unit's rows once it is finished.
+
+    seconds: thread seconds by stage. images: samples in it.
+    """
+
+    shard_id: str
+    files: tuple[FileRecord, ...] = ()
+    rows: int | None = None
+    images: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+def thread_count(setting: int | str) -> int:
+    """Decoding threads of one worker on this node."""
+    return setting if isinstance(setting, int) else max(2, min(8, len(os.sched_getaffinity(0))))
+
+
+class _Open:
+    """A window that is being labelled."""
+
+    def __init__(self, shard_id: str, models: int) -> None:
+        self.shard_id = shard_id
+        self.rows: list[list[Future[dict[str, Any]]]] = [[] for _ in range(models)]
+        self.images = 0
+        self.seconds: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def spent(self, stage: str, seconds: float) -> None:
+        with self._lock:
+            self.seconds[stage] += seconds
+
+
+class Labeller:
+    """A worker: models on the device, thread pools, and the table's folder to write into.
+
+    `label` may be called from several threads; their forward passes take turns.
+    """
+
+    def __init__(self, plan: LabelPlan) -> None:
+        self.plan = plan
+        device = choose_device()
+        setting = plan.resources.torch_threads
+        torch_threads = setting if isinstance(setting, int) else len(os.sched_getaffinity(0))
+        torch.set_num_threads(torch_threads)
+        batch_pixels = plan.resources.batch_pixels
+        self.models = [
+            load_model(config, seed=plan.seed, tile_pixels=plan.resources.tile_pixels) for config in plan.models
+        ]
+        for model in self.models:
+            if plan.versions and plan.versions[model.label] != model.version:
+                raise ConfigError(
+                    f"model {model.label!r} changed while the run started: expected version "
+                    f"{plan.versions[model.label]}, got {model.version}"
+                )
+        self._predict = [
+            Predict(
+                model,
+                device=device,
+                batch_pixels=batch_pixels if isinstance(batch_pixels, int) else default_batch_pixels(device),
+                tile_pixels=plan.resources.tile_pixels,
+            )
+            for model in self.models
+        ]
+        threads = thread_count(plan.resources.decode_threads)
+        self.device = Device(torch_threads=torch_threads, timeout_s=plan.resources.predict_timeout_s)
+        self._pool = ThreadPoolExecutor(threads, "maskmill-cpu")
+        self._writers = ThreadPoolExecutor(plan.resources.calls_per_worker, "maskmill-write")
+        self._decoder = Decoder(
+            open_source(plan.source),
+            [model.preprocess for model in self.models],
+            max_pixels=plan.source.max_pixels,
+            pool=self._pool,
+            threads=threads,
+        )
+
+    def label(self, item: WorkItem) -> Iterator[Window]:
+        """Label one unit, window by window. A window is a fixed range of positions and becomes one file per model, so
+        that a repeated call makes the same files; its batches are made of it alone, so that their content does not
+        depend on where a run was cut."""
+        yield from self.label_decoded(item, self._decoder.stream(item.unit, item.done))
+
+    def label_decoded(self, item: WorkItem, stream: Iterable[Decoded | UnitEnd]) -> Iterator[Window]:
+        """`label` on samples that were decoded elsewhere."""
+        rows: int | None = None
+
+        def members() -> Iterator[Decoded]:
+            nonlocal rows
+            for element in stream:
+                if isinstance(element, UnitEnd):
+                    rows = element.rows
+                else:
+                    yield element
+
+        closing: Future[Window] | None = None
+        for _, window in groupby(members(), lambda decoded: decoded.position // self.plan.output.rows_per_file):
+            opened = self._run(item, window)
+            if closing is not None:
+                yield closing.result()
+            closing = self._writers.submit(self._close, opened)
+        if closing is not None:
+            yield closing.result()
+        yield Window(shard_id=item.unit.shard_id, rows=rows)
+
+    def _run(self, item: WorkItem, window: Iterator[Decoded]) -> _Open:
+        """Push one window through the models; returns when its last batch has left the device."""
+        opened = _Open(item.unit.shard_id, len(self.models))
+        batchers = [PixelBatcher[_Member](lambda predict=predict: predict.batch_pixels) for predict in self._predict]  # type: ignore[misc]
+        ahead: deque[tuple[Job[None], int, list[_Member]]] = deque()
+        for decoded in window:
+            opened.spent("read", decoded.read_s)
+            opened.images += 1
+            opened.spent("decode", decoded.decode_s)
+            opened.spent("prepare", decoded.prepare_s)
+            for index in range(len(self.models)):
+                if decoded.position in item.done[index]:
+                    continue
+                future: Future[dict[str, Any]] = Future()
+                opened.rows[index].append(future)
+                member = _Member(decoded, future, item.attempts[index].get(decoded.position, 0) + 1, index)
+                if decoded.error is not None:
+                    future.set_result(self._failed_row(member, decoded.error, decoded.error_stage))
+                    continue
+                batch = batchers[index].add(member)
+                if batch:
+                    self._submit(opened, ahead, index, batch)
+        for index, batcher in enumerate(batchers):
+            for batch in batcher.flush():
+                self._submit(opened, ahead, index, batch)
+        while ahead:
+            self._wait(ahead)
+        return opened
+
+    def _submit(
+        self, opened: _Open, ahead: deque[tuple[Job[None], int, list["_Member"]]], index: int, batch: list["_Member"]
+    ) -> None:
+        while len(ahead) >= BATCHES_AHEAD:
+            self._wait(ahead)
+        ahead.append((self.device.submit(lambda: self._predict_batch(opened, index, batch)), index, batch))
+
+    def _wait(self, ahead: deque[tuple[Job[None], int, list["_Member"]]]) -> None:
+        job, _, batch = ahead.popleft()
+        try:
+            self.device.wait(job)
+        except PredictTimeoutError as error:
+            for member in batch:
+                _resolve(member.future, self._failed_row(member, error, "predict"))
+        for member in batch:
+            member.future.result()  # encoded: what is in flight stays bounded by the batches ahead
+
+    def _predict_batch(self, opened: _Open, index: int, batch: list["_Member"]) -> None:
+        started = time.perf_counter()
+        results = self._predict[index]([member.prepared for member in batch])
+        opened.spent("predict", time.perf_counter() - started)
+        for member, result in zip(batch, results, strict=True):
+            if isinstance(result, RowError):
+                _resolve(member.future, self._failed_row(member, result, "predict"))
+            else:
+                self._pool.submit(self._encode, opened, member, result)
+
+    def _encode(self, opened: _Open, member: "_Member", prediction: Prediction) -> None:
+        started = time.perf_counter()
+        decoded = member.decoded
+        try:
+            columns = encode(prediction, self.plan.output.format, width=decoded.width, height=decoded.height)
+            row = {**self._row(member), "status": OK, **columns}
+        except Exception as error:  # noqa: BLE001  (the row must end in some state, or its window would wait for ever)
+            row = self._failed_row(member, RowError(f"{type(error).__name__}: {error}"), "encode")
+        opened.spent("encode", time.perf_counter() - started)
+        _resolve(member.future, row)
+
+    def _row(self, member: "_Member") -> dict[str, Any]:
+        decoded = member.decoded
+        return {
+            "image_id": decoded.image_id,
+            "shard_id": decoded.shard_id,
+            "position": decoded.position,
+            "width": decoded.width or None,
+            "height": decoded.height or None,
+            "model_version": self.models[member.model].version,
+            "run_id": self.plan.run_id,
+        }
+
+    def _failed_row(self, member: "_Member", error: RowError, stage: str) -> dict[str, Any]:
+        return {
+            **self._row(member),
+            "status": FAILED,
+            "error_type": type(error).__name__,
+            "error_stage": stage,
+            "error_message": str(error)[:2000],
+            "attempts": member.attempt,
+        }
+
+    def _close(self, opened: _Open) -> Window:
+        """Write the window's files, one per model."""
+        labeled_at = datetime.now(UTC)
+        files = []
+        for index, futures in enumerate(opened.rows):
+            if not futures:
+                continue
+            model = self.models[index]
+            rows = [{**future.result(), "labeled_at": labeled_at} for future in futures]
+            started = time.perf_counter()
+            files.append(
+                write_file(
+                    self.plan.output.uri,
+                    self.plan.output.storage,
+                    pa.Table.from_pylist(rows, schema=FILE_SCHEMA),
+                    model=model.label,
+                    model_version=model.version,
+                    shard_id=opened.shard_id,
+                )
+            )
+            opened.spent("write", time.perf_counter() - started)
+        return Window(
+            shard_id=opened.shard_id, files=tuple(files), images=opened.images, seconds=dict(opened.seconds)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """One image on its way through one model; `future` becomes its row."""
+
+    decoded: Decoded
+    future: Future[dict[str, Any]]
+    attempt: int
+    model: int
+
+    @property
+    def prepared(self) -> Prepared:
+        prepared = self.decoded.prepared[self.model]
+        if prepared is None:
+            raise RuntimeError(f"{self.decoded.image_id} was not prepared for model {self.model}")
+        return prepared
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        return self.prepared.padded
+
+
+def _resolve(future: Future[dict[str, Any]], row: dict[str, Any]) -> None:
+    """Set a row once; a hung batch that answers after its timeout comes too late."""
+    if not future.done():
+        future.set_result(row)

@@ -1,0 +1,212 @@
+"""Prepare images and run one model on batches of them: budget, out-of-memory retries, tiles, and errors by row."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torchvision.transforms.v2 import functional as transforms
+
+from pipeline.errors import ConfigError, ImageTooLargeError, PredictError, RowError, RunError
+from pipeline.models.load import LoadedModel
+from pipeline.models.postprocess import FROM_DENSE, dense_output
+from pipeline.models.spec import Frame, Prediction, Preprocess, Quality
+from pipeline.stages.tiling import blend_bands, plan_tiles
+
+__all__ = ["Predict", "Prepared", "choose_device", "prepare"]
+
+MIN_TILE_PIXELS = 65_536
+CPU_BATCH_PIXELS = 1_000_000
+CUDA_PIXELS_PER_GIB = 500_000
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One image as one model wants it: image_CHW uint8, resized but not yet padded or normalised."""
+
+    image_CHW: Tensor
+    frame: Frame
+    padded: tuple[int, int]
+
+
+def prepare(image_HWC: npt.NDArray[np.uint8], preprocess: Preprocess) -> Prepared:
+    """Resize on the CPU, in 8 bits; what is left (normalise, pad) happens on the device, on a quarter of the bytes."""
+    height, width = image_HWC.shape[:2]
+    target = preprocess.size(height, width)
+    image_CHW = torch.from_numpy(np.require(image_HWC, requirements=["C", "W"])).permute(2, 0, 1)
+    if target != (height, width):
+        image_CHW = transforms.resize_image(image_CHW, list(target), antialias=preprocess.antialias)
+    return Prepared(image_CHW, Frame(height, width, *target), preprocess.padded(*target))
+
+
+def choose_device() -> torch.device:
+    """The accelerator that Ray gave this process, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def default_batch_pixels(device: torch.device) -> int:
+    """A start for the budget; running out of memory halves it."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory / 2**30 * CUDA_PIXELS_PER_GIB)
+    return CPU_BATCH_PIXELS
+
+
+class Predict:
+    """One model on one device. Not thread-safe: one thread calls it."""
+
+    def __init__(self, model: LoadedModel, *, device: torch.device, batch_pixels: int, tile_pixels: int) -> None:
+        self.model = model
+        self.device = device
+        self.batch_pixels = batch_pixels
+        self.tile_pixels = tile_pixels
+        self._memory_format = torch.channels_last if model.channels_last else torch.contiguous_format
+        self._module = model.module.to(device, memory_format=self._memory_format)  # type: ignore[call-overload]
+        if model.compile:
+            self._module = torch.compile(self._module)
+        self._mean_C11 = torch.tensor(model.preprocess.mean, device=device).view(3, 1, 1) * 255
+        self._std_C11 = torch.tensor(model.preprocess.std, device=device).view(3, 1, 1) * 255
+
+    def check(self) -> None:
+        """One forward pass on a gray 64x64 image. Raises ConfigError where the output is not what the task needs."""
+        try:
+            self._forward([prepare(np.full((64, 64, 3), 127, np.uint8), self.model.preprocess)])
+        except ConfigError:
+            raise
+        except Exception as error:
+            text = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"model {self.model.label!r} fails on a 64x64 image: {type(error).__name__}: {text}"
+            ) from error
+
+    def __call__(self, batch: Sequence[Prepared]) -> list[Prediction | RowError]:
+        """Predict a batch of one padded shape: a Prediction or the row's error for each image, in order."""
+        try:
+            if len(batch) == 1 and self.model.spec.dense and _pixels(batch[0]) > self.tile_pixels:
+                return [self._tiled(batch[0])]
+            return [_checked(prediction) for prediction in self._forward(batch)]
+        except RunError:
+            raise
+        except Exception as error:  # a model may raise anything
+            if not _is_out_of_memory(error):
+                if len(batch) == 1:
+                    text = " ".join(str(error).split())[:500]
+                    return [error if isinstance(error, RowError) else PredictError(f"{type(error).__name__}: {text}")]
+                return [result for item in batch for result in self([item])]
+        # Outside of the except block: the traceback would keep the failed batch's tensors alive.
+        return self._with_less_memory(batch)
+
+    def _with_less_memory(self, batch: Sequence[Prepared]) -> list[Prediction | RowError]:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(batch) > 1:
+            self.batch_pixels = max(1, min(self.batch_pixels, sum(map(_pixels, batch))) // 2)
+            middle = len(batch) // 2
+            return self(batch[:middle]) + self(batch[middle:])
+        pixels = min(_pixels(batch[0]), self.tile_pixels) // 2
+        if not self.model.spec.dense or pixels < MIN_TILE_PIXELS:
+            size = "x".join(map(str, reversed(batch[0].padded)))
+            return [ImageTooLargeError(f"out of memory on {self.device} for one input of {size} pixels")]
+        self.tile_pixels = pixels
+        return self(batch)
+
+    def _forward(self, batch: Sequence[Prepared]) -> list[Prediction]:
+        frames = [item.frame for item in batch]
+        output = self._run(batch)
+        if self.model.spec.task == "semantic":
+            self._check_classes(dense_output(output))
+        with torch.inference_mode():
+            return self.model.postprocess(output, frames, self.model.context)
+
+    def _check_classes(self, logits_BKHW: Tensor) -> None:
+        expected, got = len(self.model.taxonomy.ids), logits_BKHW.shape[1]
+        if got != expected:
+            raise ConfigError(
+                f"model {self.model.label!r} gives {got} classes, taxonomy {self.model.taxonomy.name!r} has {expected}"
+            )
+
+    def _run(self, batch: Sequence[Prepared]) -> object:
+        height, width = batch[0].padded
+        pinned = self.device.type == "cuda"
+        image_BCHW = torch.zeros((len(batch), 3, height, width), dtype=torch.uint8, pin_memory=pinned)
+        for image_CHW, item in zip(image_BCHW, batch, strict=True):
+            image_CHW[:, : item.frame.prepared_height, : item.frame.prepared_width] = item.image_CHW
+        with torch.inference_mode():
+            values = image_BCHW.to(self.device, non_blocking=True).float().sub_(self._mean_C11).div_(self._std_C11)
+            for value_CHW, item in zip(values, batch, strict=True):
+                value_CHW[:, item.frame.prepared_height :] = 0
+                value_CHW[:, :, item.frame.prepared_width :] = 0
+            values = values.contiguous(memory_format=self._memory_format)
+            enabled = self.model.autocast is not None
+            with torch.autocast(self.device.type, dtype=self.model.autocast, enabled=enabled):
+                return self.model.spec.forward(self._module, values, [item.frame for item in batch])
+
+    def _tiled(self, item: Prepared) -> Prediction | RowError:
+        """Blend tiles at the prepared size; labels reach the decoded size by the nearest pixel, depth bilinearly."""
+        frame, task = item.frame, self.model.spec.task
+        height, width = frame.prepared_height, frame.prepared_width
+        multiple = self.model.preprocess.pad_multiple
+        plan = plan_tiles(height, width, tile_pixels=self.tile_pixels, multiple=multiple)
+        padded = self.model.preprocess.padded(plan.height, plan.width)
+
+        def tile(row: int, column: int) -> Tensor:
+            cut_CHW = item.image_CHW[:, row : row + plan.height, column : column + plan.width]
+            part = Prepared(cut_CHW, Frame(plan.height, plan.width, plan.height, plan.width), padded)
+            output = self._run([part])
+            if task == "depth" and isinstance(output, Tensor) and output.ndim == 3:
+                output = output[:, None]
+            values_KHW = dense_output(output)[0].float()
+            if values_KHW.shape[1:] != padded:
+                values_KHW = functional.interpolate(values_KHW[None], size=padded, mode="bilinear")[0]
+            return values_KHW[:, : plan.height, : plan.width]
+
+        with torch.inference_mode():
+            bands = [_checked(part) for part in self._band_predictions(blend_bands(plan, width, tile), width)]
+        if task == "depth":
+            whole = np.concatenate([band.depth_HW for band in bands if band.depth_HW is not None])
+            result = torch.from_numpy(whole)[None]
+            return _checked(FROM_DENSE["depth"](result, frame, self.model.context))
+        label_HW = np.concatenate([band.label_HW for band in bands if band.label_HW is not None])
+        if label_HW.shape != (frame.height, frame.width):
+            rows = np.minimum((np.arange(frame.height) + 0.5) * height / frame.height, height - 1).astype(np.int64)
+            columns = np.minimum((np.arange(frame.width) + 0.5) * width / frame.width, width - 1).astype(np.int64)
+            label_HW = label_HW[np.ix_(rows, columns)]
+        return Prediction(label_HW=label_HW, quality=_mean_quality(bands))
+
+    def _band_predictions(self, bands: Iterator[Tensor], width: int) -> Iterator[Prediction]:
+        for values_KhW in bands:
+            rows = values_KhW.shape[1]
+            yield FROM_DENSE[self.model.spec.task](values_KhW, Frame(rows, width, rows, width), self.model.context)
+
+
+def _pixels(item: Prepared) -> int:
+    return item.padded[0] * item.padded[1]
+
+
+def _checked(prediction: Prediction) -> Prediction:
+    if prediction.quality is not None and not np.isfinite(prediction.quality.mean_max_probability):
+        raise PredictError("the model's logits are not finite")
+    return prediction
+
+
+def _mean_quality(bands: Sequence[Prediction]) -> Quality | None:
+    parts = [(band.quality, len(band.label_HW)) for band in bands if band.quality and band.label_HW is not None]
+    rows = sum(count for _, count in parts)
+    if not rows:
+        return None
+    return Quality(
+        *(
+            sum(getattr(quality, name) * count for quality, count in parts) / rows
+            for name in ("mean_max_probability", "mean_entropy", "low_confidence_share")
+        )
+    )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
+    )

@@ -1,0 +1,99 @@
+"""Threads between stages: read ahead with bounded memory, and map over a pool while keeping order."""
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
+from typing import Any, Final
+
+__all__ = ["map_ordered", "read_ahead"]
+
+_END: Final = object()
+
+
+def read_ahead[Item](items: Iterable[Item], *, count: int, weight: Callable[[Item], int], limit: int) -> Iterator[Item]:
+    """Iterate in a thread of its own, at most `count` items and about `limit` of weight (bytes) ahead.
+
+    An exception of the iterable is raised at its place. The thread ends when the consumer stops.
+    """
+    ready: queue.Queue[Any] = queue.Queue(maxsize=count)
+    room = threading.Condition()
+    held = 0
+    stopped = threading.Event()
+
+    def put(value: Any) -> None:
+        while not stopped.is_set():
+            try:
+                ready.put(value, timeout=0.2)
+                return
+            except queue.Full:
+                continue
+
+    def produce() -> None:
+        nonlocal held
+        try:
+            for item in items:
+                size = weight(item)
+                with room:
+                    # One item over the limit passes alone: it has to be read anyway.
+                    while held and held + size > limit and not stopped.is_set():
+                        room.wait(0.2)
+                    held += size
+                put((item, size))
+                if stopped.is_set():
+                    return
+            put(_END)
+        except BaseException as error:  # noqa: BLE001  (raised again in the consumer)
+            put(error)
+
+    thread = threading.Thread(target=produce, name="maskmill-read", daemon=True)
+    thread.start()
+    try:
+        while True:
+            value = ready.get()
+            if value is _END:
+                return
+            if isinstance(value, BaseException):
+                raise value
+            item, size = value
+            with room:
+                held -= size
+                room.notify()
+            yield item
+    finally:
+        stopped.set()
+
+
+def map_ordered[Item, Result](
+    pool: Executor,
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    count: int,
+    weight: Callable[[Result], int],
+    limit: int,
+) -> Iterator[Result]:
+    """`function` over `items` in a pool, results in the items' order, at most `count` calls ahead.
+
+    No new call starts while finished results that wait for their turn weigh `limit` or more.
+    """
+    ahead: deque[Future[Result]] = deque()
+    source = iter(items)
+    exhausted = False
+    try:
+        while True:
+            while not exhausted and len(ahead) < count:
+                waiting = sum(weight(future.result()) for future in ahead if future.done() and not future.exception())
+                if ahead and waiting >= limit:
+                    break
+                try:
+                    ahead.append(pool.submit(function, next(source)))
+                except StopIteration:
+                    exhausted = True
+            if not ahead:
+                return
+            yield ahead.popleft().result()
+    finally:
+        for future in ahead:
+            future.cancel()

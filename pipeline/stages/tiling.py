@@ -1,0 +1,79 @@
+"""Oversize images in overlapping tiles, blended with linear ramps, in memory of one band of tiles."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["TilePlan", "blend_bands", "plan_tiles"]
+
+
+@dataclass(frozen=True, slots=True)
+class TilePlan:
+    """Tile origins and sizes along both axes, in pixels. Neighbours share `overlap` pixels or more."""
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    height: int
+    width: int
+    overlap: int
+
+
+def plan_tiles(height: int, width: int, *, tile_pixels: int, multiple: int) -> TilePlan:
+    """Cover height x width with square-ish tiles of at most `tile_pixels`, sides a multiple of `multiple`.
+
+    A side shorter than the tile is taken whole, and the other side grows instead.
+    """
+    side = int(tile_pixels**0.5)
+    tile_height = min(height, side)
+    tile_width = min(width, tile_pixels // tile_height)
+    tile_height = min(height, tile_pixels // tile_width)
+    tile_height, tile_width = (_round_down(tile_height, height, multiple), _round_down(tile_width, width, multiple))
+    overlap = max(multiple, min(tile_height, tile_width) // 8)
+    return TilePlan(
+        _starts(height, tile_height, overlap), _starts(width, tile_width, overlap), tile_height, tile_width, overlap
+    )
+
+
+def _round_down(tile: int, whole: int, multiple: int) -> int:
+    return whole if tile >= whole else max(multiple, tile // multiple * multiple)
+
+
+def _starts(length: int, tile: int, overlap: int) -> tuple[int, ...]:
+    if tile >= length:
+        return (0,)
+    step = max(1, tile - overlap)
+    return (*range(0, length - tile, step), length - tile)
+
+
+def _ramp(tile: int, overlap: int) -> Tensor:
+    index = torch.arange(tile, dtype=torch.float32)
+    return torch.minimum(torch.minimum(index + 1, tile - index), torch.tensor(overlap + 1.0)) / (overlap + 1.0)
+
+
+def blend_bands(plan: TilePlan, width: int, predict_tile: Callable[[int, int], Tensor]) -> Iterator[Tensor]:
+    """Blend `predict_tile(row, column) -> values_KHW` (tile-sized) and give finished bands of rows, top to bottom.
+
+    Each pixel is the mean of the tiles over it, weighted by a ramp that falls linearly towards the tile's edges. The
+    bands concatenate to the whole image: values_KhW float32, on the tiles' device.
+    """
+    total: Tensor | None = None
+    weight_HW = torch.zeros(plan.height, width)
+    ramp_HW = _ramp(plan.height, plan.overlap)[:, None] * _ramp(plan.width, plan.overlap)[None, :]
+    for index, row in enumerate(plan.rows):
+        for column in plan.columns:
+            values_KHW = predict_tile(row, column).float()
+            if total is None:
+                total = torch.zeros(len(values_KHW), plan.height, width, device=values_KHW.device)
+                weight_HW, ramp_HW = weight_HW.to(total.device), ramp_HW.to(total.device)
+            total[:, :, column : column + plan.width] += values_KHW * ramp_HW
+            weight_HW[:, column : column + plan.width] += ramp_HW
+        if total is None:
+            return
+        last = index == len(plan.rows) - 1
+        done = plan.height if last else plan.rows[index + 1] - row
+        yield total[:, :done] / weight_HW[:done]
+        if not last:
+            total = torch.cat([total[:, done:], torch.zeros_like(total[:, :done])], dim=1)
+            weight_HW = torch.cat([weight_HW[done:], torch.zeros_like(weight_HW[:done])])

@@ -1,0 +1,286 @@
+"""The prediction table: write a file, commit, what is done, vacuum.
+
+A Delta Lake table partitioned by `model`. Workers put Parquet files under it; only the driver commits them. What is not
+in the log does not exist. Each commit carries the driver's fencing number as an application transaction, so a second
+driver on the same table makes the first one stop instead of doubling rows.
+"""
+
+import json
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.transaction import AddAction
+from pyroaring import BitMap
+
+from pipeline.errors import RunError, SchemaError, StorageError
+from pipeline.schema import MODEL, PREDICTIONS
+from pipeline.storage import delta_options, join, open_fs, storage_errors
+
+__all__ = ["FILE_SCHEMA", "FileRecord", "PredictionTable", "delta_errors", "write_file"]
+
+FENCE = "maskmill"
+CHECKPOINT_INTERVAL = "100"
+FILE_SCHEMA = pa.schema([field for field in PREDICTIONS if field.name != MODEL])
+QUIET = PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False)
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """One Parquet file of the table: rows of one model, one version and one unit. `positions`: a serialized BitMap."""
+
+    path: str
+    size_bytes: int
+    model: str
+    model_version: str
+    shard_id: str
+    rows: int
+    failed: int
+    positions: bytes
+
+
+class delta_errors:  # noqa: N801  (used as a context manager, like contextlib's)
+    """Raise what deltalake raises as a StorageError that says where."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, RunError):
+            return
+        text = " ".join(str(error).split())
+        if isinstance(error, CommitFailedError):
+            raise StorageError(f"{self.where}: another run has taken over this table, so this one stops") from error
+        if isinstance(error, DeltaError | OSError):
+            raise StorageError(f"{self.where}: {text[:400]}") from error
+
+
+def write_file(
+    root: str, storage: Mapping[str, Any], rows: pa.Table, *, model: str, model_version: str, shard_id: str
+) -> FileRecord:
+    """Put `rows` (FILE_SCHEMA, one unit, one model) under the table. Nobody sees the file before it is committed."""
+    path = f"{MODEL}={model}/part-{uuid.uuid4().hex}.parquet"
+    sink = pa.BufferOutputStream()
+    pq.write_table(rows, sink, compression="zstd", compression_level=1, write_statistics=True)
+    data = sink.getvalue()
+    fs, base = open_fs(root, storage)
+    with storage_errors(join(root, path)):
+        fs.makedirs(join(base, f"{MODEL}={model}"), exist_ok=True)
+        fs.pipe_file(join(base, path), data.to_pybytes())
+    failed = len(rows) - rows.column("error_type").null_count
+    positions = BitMap(rows.column("position").to_numpy()).serialize()
+    return FileRecord(path, data.size, model, model_version, shard_id, len(rows), failed, positions)
+
+
+class PredictionTable:
+    """The table as one driver sees it."""
+
+    def __init__(self, uri: str, storage: Mapping[str, Any], table: DeltaTable) -> None:
+        self.uri = uri
+        self.storage = dict(storage)
+        self._table = table
+        self._fence = -1
+
+    @classmethod
+    def open(cls, uri: str, storage: Mapping[str, Any], *, create: bool = False) -> "PredictionTable":
+        """Open the table at `uri`, or create an empty one.
+
+        Raises StorageError where it is missing or refused, SchemaError where its columns are not a prediction table's.
+        """
+        where = f"output {uri}"
+        with delta_errors(where):
+            if create:
+                table = DeltaTable.create(
+                    _delta_uri(uri),
+                    schema=PREDICTIONS,
+                    partition_by=[MODEL],
+                    mode="ignore",
+                    name="maskmill predictions",
+                    configuration={"delta.checkpointInterval": CHECKPOINT_INTERVAL},
+                    storage_options=delta_options(storage),
+                )
+            else:
+                try:
+                    table = DeltaTable(_delta_uri(uri), storage_options=delta_options(storage))
+                except TableNotFoundError as error:
+                    raise StorageError(f"no prediction table at {uri}") from error
+        columns = {field.name for field in table.schema().fields}
+        missing = [name for name in PREDICTIONS.names if name not in columns]
+        if missing:
+            raise SchemaError(f"{uri} is no prediction table: it lacks the column {', '.join(missing)}")
+        return cls(uri, storage, table)
+
+    def take_over(self) -> int:
+        """Fence off every earlier driver: from now on their commits fail. Returns this driver's epoch, from 1 up."""
+        self._fence = (self._table.transaction_version(FENCE) or 0) + 1
+        self._commit([])
+        return self._fence
+
+    def commit(self, files: Sequence[FileRecord]) -> None:
+        """Make files part of the table, all or none. Raises StorageError where another driver has taken over."""
+        if files:
+            with delta_errors(f"output {self.uri}"):
+                self._table.update_incremental()
+                if self._table.transaction_version(FENCE) != self._fence:
+                    raise StorageError(f"output {self.uri}: another run has taken over this table, so this one stops")
+            self._fence += 1
+            self._commit([_add_action(file) for file in files])
+
+    def _commit(self, actions: list[AddAction]) -> None:
+        with delta_errors(f"output {self.uri}"):
+            self._table.create_write_transaction(
+                actions,
+                mode="append",
+                schema=self._table.schema(),
+                partition_by=[MODEL],
+                commit_properties=CommitProperties(app_transactions=[Transaction(FENCE, self._fence)]),
+                post_commithook_properties=QUIET,
+            )
+            self._table.update_incremental()
+
+    def files(self) -> pa.Table:
+        """What the log knows of each file: path, model, model_version, shard_id, rows, failed. No file is opened.
+
+        shard_id and model_version are null for a file that holds several (after compaction by another tool).
+        """
+        with delta_errors(f"output {self.uri}"):
+            actions = pa.table(self._table.get_add_actions(flatten=True))
+
+        def column(name: str, kind: pa.DataType) -> pa.Array:
+            # A column without statistics in any file is left out by deltalake.
+            if name in actions.column_names:
+                return actions.column(name).cast(kind)
+            return pa.nulls(len(actions), kind)
+
+        def single(name: str) -> pa.Array:
+            low, high = column(f"min.{name}", pa.string()), column(f"max.{name}", pa.string())
+            return pc.if_else(pc.equal(low, high), low, pa.scalar(None, pa.string()))
+
+        rows = column("num_records", pa.int64())
+        return pa.table(
+            {
+                "path": column("path", pa.string()),
+                "model": column(f"partition.{MODEL}", pa.string()),
+                "model_version": single("model_version"),
+                "shard_id": single("shard_id"),
+                "rows": rows,
+                "failed": pc.subtract(rows, column("null_count.error_type", pa.int64())),
+                "size_bytes": column("size_bytes", pa.int64()),
+            }
+        )
+
+    def scan(self, columns: Sequence[str], filter_expression: pc.Expression | None = None) -> Iterator[pa.RecordBatch]:
+        """Stream rows in batches of bounded size."""
+        with delta_errors(f"output {self.uri}"):
+            dataset = self._table.to_pyarrow_dataset()
+            yield from dataset.scanner(
+                columns=list(columns), filter=filter_expression, batch_size=4096, batch_readahead=2, fragment_readahead=2
+            ).to_batches()
+
+    def done(self, shard_ids: Sequence[str], versions: Mapping[str, str]) -> dict[tuple[str, str], BitMap]:
+        """Committed positions of some units: {(shard_id, model): bitmap}, for the current version of each model."""
+        result: dict[tuple[str, str], BitMap] = {}
+        if not shard_ids:
+            return result
+        wanted = pc.field("shard_id").isin(pa.array(shard_ids, pa.string())) & pc.field("model_version").isin(
+            list(versions.values())
+        )
+        for batch in self.scan(["shard_id", "position", MODEL, "model_version"], wanted):
+            table = pa.table(batch)
+            for name, version in versions.items():
+                own = table.filter((pc.field(MODEL) == name) & (pc.field("model_version") == version))
+                for shard_id in own.column("shard_id").unique().to_pylist():
+                    positions = own.filter(pc.field("shard_id") == shard_id).column("position").to_numpy()
+                    result.setdefault((shard_id, name), BitMap()).update(positions)
+        return result
+
+    def failed_attempts(self, versions: Mapping[str, str]) -> dict[tuple[str, str], dict[int, int]]:
+        """Failed rows of the current versions: {(shard_id, model): {position: attempts so far}}."""
+        result: dict[tuple[str, str], dict[int, int]] = {}
+        for batch in self.scan(
+            ["shard_id", "position", MODEL, "model_version", "attempts"], pc.field("status") == "failed"
+        ):
+            for row in batch.to_pylist():
+                if versions.get(row[MODEL]) == row["model_version"]:
+                    result.setdefault((row["shard_id"], row[MODEL]), {})[row["position"]] = row["attempts"] or 1
+        return result
+
+    def delete_failed(self, versions: Mapping[str, str]) -> int:
+        """Take the failed rows of these models out, so that they count as not yet done. Returns how many."""
+        removed = 0
+        for name, version in versions.items():
+            removed += self._delete(f"status = 'failed' AND {MODEL} = {_sql(name)} AND model_version = {_sql(version)}")
+        return removed
+
+    def delete_units(self, shard_ids: Sequence[str]) -> int:
+        """Take every row of these units out. Returns how many."""
+        removed = 0
+        for start in range(0, len(shard_ids), 200):
+            listed = ", ".join(_sql(shard_id) for shard_id in shard_ids[start : start + 200])
+            removed += self._delete(f"shard_id IN ({listed})")
+        return removed
+
+    def _delete(self, predicate: str) -> int:
+        self._fence += 1
+        with delta_errors(f"output {self.uri}"):
+            result = self._table.delete(
+                predicate,
+                commit_properties=CommitProperties(app_transactions=[Transaction(FENCE, self._fence)]),
+                post_commithook_properties=QUIET,
+            )
+            self._table.update_incremental()
+            if self._table.transaction_version(FENCE) != self._fence:
+                # Nothing matched: no commit was made, so the number was not used.
+                self._fence -= 1
+        return int(result["num_deleted_rows"] or 0)
+
+    def vacuum(self) -> int:
+        """Delete data files that the log does not name: what killed runs left behind. Returns how many.
+
+        Only safe for the driver that has taken over: an earlier one can no longer commit them.
+        """
+        known = set(self.files().column("path").to_pylist())
+        fs, base = open_fs(self.uri, self.storage)
+        orphans: list[str] = []
+        with storage_errors(f"output {self.uri}"):
+            fs.invalidate_cache()
+            for folder in fs.glob(join(base, f"{MODEL}=*")):
+                for path in fs.find(folder):
+                    relative = f"{folder.rpartition('/')[2]}/{path[len(folder) :].strip('/')}"
+                    if path.endswith(".parquet") and relative not in known:
+                        orphans.append(path)
+            for start in range(0, len(orphans), 1000):
+                fs.rm(orphans[start : start + 1000])
+        return len(orphans)
+
+
+def _add_action(file: FileRecord) -> AddAction:
+    positions = BitMap.deserialize(file.positions)
+    bounds = {"shard_id": file.shard_id, "model_version": file.model_version}
+    stats = {
+        "numRecords": file.rows,
+        "minValues": {**bounds, "position": positions.min()},
+        "maxValues": {**bounds, "position": positions.max()},
+        "nullCount": {"error_type": file.rows - file.failed, "shard_id": 0, "model_version": 0, "position": 0},
+    }
+    return AddAction(
+        file.path, file.size_bytes, {MODEL: file.model}, int(time.time() * 1000), True, json.dumps(stats)
+    )
+
+
+def _delta_uri(uri: str) -> str:
+    return uri.removeprefix("file://")
+
+
+def _sql(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"

@@ -1,0 +1,217 @@
+"""The unit log: which units were planned with which fingerprint, which are finished, and so what is left to do.
+
+A small Delta table in the folder `_units` of the output. Lines are only ever appended; of each (shard_id,
+model_version) the last one counts. Planning a million units is a few Arrow operations on a table of a million lines.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from deltalake import DeltaTable, write_deltalake
+
+from pipeline.schema import UNITS
+from pipeline.sources.base import Unit
+from pipeline.storage import delta_options, join
+from pipeline.table import QUIET, delta_errors
+
+__all__ = ["PLAN", "Coverage", "UnitLog", "plan_table", "row_to_unit"]
+
+PLAN = pa.schema(
+    [
+        ("shard_id", pa.string()),
+        ("location", pa.string()),
+        ("size_bytes", pa.int64()),
+        ("fingerprint", pa.string()),
+        ("rows", pa.int64()),
+        ("cut", pa.int64()),
+        ("stop", pa.int64()),
+        ("payload", pa.large_binary()),
+    ]
+)
+CHUNK = 10_000
+
+
+def plan_table(units: Iterable[Unit]) -> pa.Table:
+    """A source's plan as one Arrow table, about 100 bytes a unit."""
+    batches: list[pa.RecordBatch] = []
+    columns: dict[str, list[Any]] = {name: [] for name in PLAN.names}
+
+    def close() -> None:
+        batches.append(pa.RecordBatch.from_pydict(columns, schema=PLAN))
+        for values in columns.values():
+            values.clear()
+
+    for unit in units:
+        for name, values in columns.items():
+            values.append(getattr(unit, name))
+        if len(columns["shard_id"]) == CHUNK:
+            close()
+    close()
+    return pa.Table.from_batches(batches, schema=PLAN)
+
+
+def row_to_unit(row: Mapping[str, Any]) -> Unit:
+    """The inverse of one row of `plan_table`."""
+    return Unit(**{name: row[name] for name in PLAN.names})
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """How much of the plan there is: units in all, units of unknown row count, and rows (estimated for those)."""
+
+    units: int
+    expected: int
+    estimated: bool
+
+
+class UnitLog:
+    """The log of one output as its driver sees it."""
+
+    def __init__(self, output_uri: str, storage: Mapping[str, Any]) -> None:
+        self.uri = join(output_uri, "_units").removeprefix("file://")
+        self._options = delta_options(storage)
+        self._order = 0
+
+    def create(self, epoch: int) -> None:
+        """Create the log where it is missing. Lines of a later epoch (see PredictionTable.take_over) count as later."""
+        with delta_errors(self.uri):
+            DeltaTable.create(
+                self.uri, schema=UNITS, mode="ignore", name="maskmill units", storage_options=self._options
+            )
+        self._order = epoch << 40
+
+    def read(self) -> pa.Table:
+        """All lines, oldest first."""
+        with delta_errors(self.uri):
+            if not DeltaTable.is_deltatable(self.uri, storage_options=self._options):
+                return UNITS.empty_table()
+            table = DeltaTable(self.uri, storage_options=self._options).to_pyarrow_table()
+        return table.sort_by("order")
+
+    def append(self, lines: pa.Table) -> None:
+        """Add lines (every column of UNITS but `order`)."""
+        if not len(lines):
+            return
+        order = pa.array(np.arange(self._order, self._order + len(lines)))
+        self._order += len(lines)
+        lines = lines.append_column("order", order).select(UNITS.names).cast(UNITS)
+        with delta_errors(self.uri):
+            write_deltalake(
+                self.uri, lines, mode="append", storage_options=self._options, post_commithook_properties=QUIET
+            )
+
+    def append_finished(
+        self, finished: Sequence[tuple[str, str, int | None, int | None]], run_id: str
+    ) -> None:
+        """Note units as finished for a model version: (shard_id, model_version, rows, stop); rows None = open again."""
+        columns = list(zip(*finished, strict=True)) if finished else [(), (), (), ()]
+        count = len(finished)
+        self.append(
+            pa.table(
+                {
+                    "shard_id": pa.array(columns[0], pa.string()),
+                    "model_version": pa.array(columns[1], pa.string()),
+                    "fingerprint": pa.nulls(count, pa.string()),
+                    "size_bytes": pa.nulls(count, pa.int64()),
+                    "rows": pa.array(columns[2], pa.int64()),
+                    "stop": pa.array(columns[3], pa.int64()),
+                    "run_id": pa.array([run_id] * count, pa.string()),
+                }
+            )
+        )
+
+    def append_plan(self, plan: pa.Table, run_id: str) -> None:
+        """Note units as planned, with their fingerprints."""
+        count = len(plan)
+        columns = {name: plan.column(name) for name in ("shard_id", "fingerprint", "size_bytes", "rows", "stop")}
+        self.append(
+            pa.table(
+                columns
+                | {
+                    "model_version": pa.array([""] * count, pa.string()),
+                    "run_id": pa.array([run_id] * count, pa.string()),
+                }
+            )
+        )
+
+
+def last_lines(log: pa.Table) -> pa.Table:
+    """The line that counts of each (shard_id, model_version)."""
+    newest = log.group_by(["shard_id", "model_version"]).aggregate([("order", "max")])
+    return log.filter(pc.is_in(log.column("order"), value_set=newest.column("order_max").combine_chunks()))
+
+
+def planned(log: pa.Table) -> pa.Table:
+    """The counting plan line of each unit."""
+    last = last_lines(log)
+    return last.filter(pc.equal(last.column("model_version"), ""))
+
+
+def finished(log: pa.Table, version: str) -> pa.Table:
+    """The counting lines of units finished for one model version."""
+    last = last_lines(log)
+    return last.filter(pc.and_(pc.equal(last.column("model_version"), version), pc.is_valid(last.column("rows"))))
+
+
+def join_log(plan: pa.Table, lines: pa.Table, columns: Sequence[str]) -> pa.Table:
+    """`plan` in its own order, with `columns` of the log's lines beside it as `log_*` (null where there is none)."""
+    index = plan.append_column("index", pa.array(np.arange(len(plan))))
+    right = lines.select(["shard_id", *columns]).rename_columns(["shard_id", *[f"log_{name}" for name in columns]])
+    right = right.append_column("log_known", pa.array(np.ones(len(right), bool)))
+    # Acero joins no large_binary: the payload stays outside.
+    joined = index.select(["shard_id", "index"]).join(right, "shard_id", join_type="left outer").sort_by("index")
+    result = plan
+    for name in [*[f"log_{name}" for name in columns], "log_known"]:
+        result = result.append_column(name, joined.column(name))
+    return result
+
+
+def is_finished(plan: pa.Table, log: pa.Table, version: str) -> pa.ChunkedArray:
+    """Per unit of the plan: is it finished for this model version, as far as the plan's `stop` asks?"""
+    joined = join_log(plan, finished(log, version), ["rows", "stop"])
+    known = pc.fill_null(joined.column("log_known"), False)
+    whole = pc.is_null(joined.column("log_stop"))
+    enough = pc.fill_null(pc.greater_equal(joined.column("log_stop"), joined.column("stop")), False)
+    return pc.and_(known, pc.or_(whole, enough))
+
+
+def changed(plan: pa.Table, log: pa.Table) -> pa.ChunkedArray:
+    """Per unit of the plan: was it planned before with another fingerprint?"""
+    joined = join_log(plan, planned(log), ["fingerprint"])
+    return pc.fill_null(pc.not_equal(joined.column("fingerprint"), joined.column("log_fingerprint")), False)
+
+
+def to_note(plan: pa.Table, log: pa.Table) -> pa.Table:
+    """Units whose plan line is missing in the log or says something else."""
+    joined = join_log(plan, planned(log), ["fingerprint", "rows", "stop"])
+
+    def differs(name: str) -> pa.ChunkedArray:
+        missing = pa.scalar(-1, pa.int64())
+        return pc.not_equal(
+            pc.fill_null(joined.column(name), missing), pc.fill_null(joined.column(f"log_{name}"), missing)
+        )
+
+    same_print = pc.fill_null(pc.equal(joined.column("fingerprint"), joined.column("log_fingerprint")), False)
+    return plan.filter(pc.or_(pc.invert(same_print), pc.or_(differs("rows"), differs("stop"))))
+
+
+def coverage(log: pa.Table, version: str) -> Coverage:
+    """How many rows the planned units hold: stated, counted when finished, else estimated from size."""
+    plan = planned(log)
+    joined = join_log(plan, finished(log, version), ["rows", "stop"])
+    # A count beats a statement: an unreadable tail is one row, whatever the plan expected.
+    counted = pc.if_else(is_finished(plan, log, version), joined.column("log_rows"), pa.scalar(None, pa.int64()))
+    rows = pc.coalesce(counted, joined.column("rows"))
+    unknown = pc.is_null(rows)
+    unknown_count = pc.sum(unknown.cast(pa.int64())).as_py() or 0
+    known_rows = pc.sum(rows).as_py() or 0
+    if unknown_count:
+        known_bytes = pc.sum(joined.filter(pc.invert(unknown)).column("size_bytes")).as_py() or 0
+        missing_bytes = pc.sum(joined.filter(unknown).column("size_bytes")).as_py() or 0
+        guess = round(missing_bytes * known_rows / known_bytes) if known_bytes else unknown_count
+        known_rows += max(guess, unknown_count)
+    return Coverage(len(plan), known_rows, unknown_count > 0)
