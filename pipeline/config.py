@@ -6,7 +6,7 @@ A field is documented beside the field; `maskmill JOB --help` prints these texts
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -28,6 +28,8 @@ __all__ = [
     "WebdatasetSource",
     "describe",
     "load_config",
+    "load_overrides",
+    "load_yaml",
     "redacted",
 ]
 
@@ -38,6 +40,9 @@ Storage = dict[str, Any]
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+SectionT = TypeVar("SectionT", bound=Section)
 
 
 class _AnySource(Section):
@@ -164,7 +169,8 @@ class Resources(Section):
     )
     readers: int | Auto = Field("auto", description="split layout: reading tasks at once")
     batch_pixels: int | Auto = Field(
-        "auto", description="padded pixels in one batch; auto: 1e6 on CPU, by memory on a GPU; halves when out of memory"
+        "auto",
+        description="padded pixels in one batch; auto: 1e6 on CPU, by memory on a GPU; halves when out of memory",
     )
     tile_pixels: int = Field(4_194_304, ge=65_536, description="larger inputs are tiled, with overlap and blending")
     predict_timeout_s: float = Field(
@@ -191,12 +197,18 @@ class LabelConfig(Section):
     ray_address: str | None = Field(None, description="Ray cluster to join; default: RAY_ADDRESS, else a local one")
 
 
+class PackOutput(Section):
+    uri: str = Field(description="folder of the tar shards, local or object storage")
+    storage: Storage = Field({}, description="fsspec options for the output")
+
+
 class PackConfig(Section):
     """Pack any source into tar shards."""
 
     source: SourceConfig = Field(description="where the images come from")
-    output: OutputConfig = Field(description="folder of the tar shards")
-    images_per_shard: int = Field(1000, ge=1, description="images in one tar")
+    output: PackOutput = Field(description="where the tar shards go")
+    images_per_shard: int = Field(1000, ge=1, description="images in one tar; a tar never spans two units")
+    ray_address: str | None = Field(None, description="Ray cluster to join; default: RAY_ADDRESS, else a local one")
 
 
 class _SafeLoader(yaml.SafeLoader):
@@ -217,7 +229,7 @@ def load_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where} is not readable YAML: {' '.join(str(error).split())}") from error
 
 
-def load_config[T: Section](kind: type[T], uri: str | None, overrides: Sequence[str] = ()) -> T:
+def load_config(kind: type[SectionT], uri: str | None, overrides: Sequence[str] = ()) -> SectionT:
     """Read `uri` (YAML), apply `dotted.key=value` overrides (values are YAML), and check the whole.
 
     Raises ConfigError for unreadable YAML, an unknown key (with the nearest known one), or a value that does not fit;
@@ -228,15 +240,22 @@ def load_config[T: Section](kind: type[T], uri: str | None, overrides: Sequence[
         tree = load_yaml(read_bytes(uri, max_bytes=MAX_YAML_BYTES).decode("utf-8", "replace"), uri)
         if not isinstance(tree, dict):
             raise ConfigError(f"{uri} must hold a mapping of fields, got {type(tree).__name__}")
+    tree = load_overrides(overrides, tree)
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_message(kind, error)) from error
+
+
+def load_overrides(overrides: Sequence[str], tree: Any = None) -> Any:
+    """`dotted.key=value` arguments set in `tree`, which is changed and returned. Raises ConfigError."""
+    tree = {} if tree is None else tree
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"expected dotted.key=value, got {override!r}")
         _set(tree, key.split("."), load_yaml(value, key), key)
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(_message(kind, error)) from error
+    return tree
 
 
 def _set(tree: Any, keys: list[str], value: Any, whole: str) -> None:
@@ -324,9 +343,9 @@ def describe(kind: type[Section], prefix: str = "") -> list[tuple[str, str, str]
         if field.annotation is not None and name == "source":
             rows.append(("source.format", "required", " | ".join(SOURCES)))
             common = set(_AnySource.model_fields)
-            rows += [row for row in describe(_AnySource, "source.")]
-            for tag, section in SOURCES.items():
-                own = [row for row in describe(section, "source.") if row[0][7:] not in common | {"format"}]
+            rows += describe(_AnySource, "source.")
+            for tag, kind_of_source in SOURCES.items():
+                own = [row for row in describe(kind_of_source, "source.") if row[0][7:] not in common | {"format"}]
                 rows += [(dotted, default, f"[{tag}] {text}") for dotted, default, text in own]
             continue
         section = _section(field.annotation, []) or _section(field.annotation, ["0"])
@@ -361,4 +380,9 @@ def _redact(name: str, option: Any) -> Any:
     return option if name in {"endpoint_url", "region_name", "anon", "use_ssl", "verify"} else "***"
 
 
-
+def source_from(tree: Mapping[str, Any]) -> "SourceConfig":
+    """A source section alone, as run.json keeps it. Raises ConfigError."""
+    try:
+        return SOURCES[tree["format"]].model_validate(dict(tree))  # type: ignore[return-value]
+    except (KeyError, ValidationError) as error:
+        raise ConfigError(f"not a source: {' '.join(str(error).split())[:300]}") from error

@@ -49,7 +49,7 @@ def decode_image(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> npt.ND
         raise CorruptImageError(f"not a JPEG, PNG, WebP, TIFF or BMP: starts with {data[:8]!r}") from error
     except MemoryError as error:
         raise ImageTooLargeError("out of memory while decoding") from error
-    except Exception as error:  # noqa: BLE001  (decoders raise OSError, SyntaxError, ValueError, struct.error, ...)
+    except Exception as error:
         raise CorruptImageError(f"cannot be decoded: {type(error).__name__}: {error}") from error
 
 

@@ -79,8 +79,8 @@ def _unzstd(data: bytes, max_bytes: int) -> bytes:
     return raw
 
 
-def encode_rle(mask_HW: npt.NDArray[np.bool_]) -> str:
-    """A binary mask as COCO's compressed run lengths (column-major, pycocotools)."""
+def encode_rle(mask_HW: npt.NDArray[Any]) -> str:
+    """A binary mask (bool, or uint8 of 0 and 1) as COCO's compressed run lengths (column-major, pycocotools)."""
     return str(coco_mask.encode(np.asfortranarray(mask_HW, np.uint8))["counts"].decode("ascii"))
 
 

@@ -1,21 +1,42 @@
 """Every address goes through here: fsspec file systems, patterns, listings, fingerprints, and Delta's option names."""
 
+import asyncio
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import fsspec
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 from fsspec.core import url_to_fs
 
 from pipeline.errors import ConfigError, RunError, StorageError
 
-__all__ = ["Entry", "delta_options", "expand", "join", "list_entries", "open_fs", "read_bytes", "storage_errors"]
+__all__ = [
+    "Entry",
+    "address",
+    "delta_options",
+    "expand",
+    "join",
+    "list_entries",
+    "list_folder",
+    "open_fs",
+    "read_bytes",
+    "relative",
+    "storage_errors",
+]
 
 MAX_BRACE_EXPANSIONS = 2_000_000
 GLOB_CHARACTERS = "*?["
+LISTING_THREADS = 32
+# From here on one listing of the folder is cheaper than asking for each named object.
+NAMED_BEFORE_LISTING = 32
+CLIENT_PACKAGES = {
+    "adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google", "http", "requests", "s3fs",
+    "urllib3",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +63,10 @@ def storage_errors(where: str) -> Iterator[None]:
         raise StorageError(f"{where}: {type(error).__name__}: {error}") from error
     except ImportError as error:
         raise ConfigError(f"{where}: the file system needs a package that is not installed: {error}") from error
+    except asyncio.IncompleteReadError as error:
+        raise StorageError(f"{where}: the connection ended early: {error}") from error
     except Exception as error:
-        if type(error).__module__.split(".")[0] in {"botocore", "aiohttp", "s3fs", "gcsfs", "azure", "fsspec"}:
+        if type(error).__module__.split(".")[0] in CLIENT_PACKAGES:
             raise StorageError(f"{where}: {type(error).__name__}: {error}") from error
         raise
 
@@ -56,6 +79,22 @@ def open_fs(uri: str, options: Mapping[str, Any] | None = None) -> tuple[fsspec.
     except (ValueError, TypeError) as error:
         raise ConfigError(f"cannot open {uri}: {error}") from error
     return fs, str(path)
+
+
+def address(fs: fsspec.AbstractFileSystem, path: str) -> str:
+    """`path` with its protocol, as `open_fs` takes it. Raises ConfigError for a name that is no UTF-8."""
+    whole = str(fs.unstrip_protocol(path))
+    try:
+        whole.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"the name {path!r} is not UTF-8; rename it") from error
+    return whole
+
+
+def relative(root: str, path: str) -> str:
+    """`path` below the folder `root`, as text that any table can hold: bytes that are no UTF-8 are written `\\xNN`."""
+    below = path.removeprefix(root).lstrip("/")
+    return below.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def join(root: str, *parts: str) -> str:
@@ -84,7 +123,7 @@ def expand(uri: str) -> list[str]:
             results.append(result)
             if len(results) > MAX_BRACE_EXPANSIONS:
                 raise ConfigError(f"{uri} expands to more than {MAX_BRACE_EXPANSIONS} addresses")
-    except UnbalancedBracesError as error:
+    except ValueError as error:  # UnbalancedBracesError, which its type stubs lack
         raise ConfigError(f"{uri}: {error}") from error
     return results
 
@@ -95,37 +134,83 @@ def list_entries(
     """List what a pattern, folder or file names, without opening anything.
 
     Returns the file system, the root that ids are relative to (the longest folder without a pattern), and the entries
-    sorted by path. A folder means everything below it with one of `suffixes` (lower case, with the dot).
-    Raises StorageError where the root is missing or refused, ConfigError where nothing matches.
+    sorted by path. A folder means everything below it with one of `suffixes` (lower case, with the dot), hidden files
+    and folders (a leading dot) left out; of what a glob matches, the suffix decides too; a name written out is taken
+    as it is. Raises StorageError where the root is missing or refused, ConfigError where nothing matches.
     """
     patterns = expand(uri)
     fs, _ = open_fs(patterns[0], options)
-    infos: dict[str, Mapping[str, Any]] = {}
-    roots: list[str] = []
     with storage_errors(uri):
+        fs.invalidate_cache()  # instances are shared and remember listings; a resumed run must see what is there now
+        entries: dict[str, Entry] = {}
+        roots: set[str] = set()
+        names: list[str] = []
         for pattern in patterns:
-            path = str(fs._strip_protocol(pattern))
-            if any(character in path for character in GLOB_CHARACTERS):
-                root = path[: min(path.find(c) for c in GLOB_CHARACTERS if c in path)].rpartition("/")[0]
-                found = fs.glob(path, detail=True)
-                infos |= {name: info for name, info in found.items() if info["type"] == "file"}
-                if not found and not fs.isdir(root):
-                    raise FileNotFoundError(root)
+            path = str(fs._strip_protocol(pattern) if "::" not in pattern else open_fs(pattern, options)[1])
+            magic = [path.find(character) for character in _glob_characters(fs) if character in path]
+            if not magic:
+                names.append(path)
+                continue
+            root = path[: min(magic)].rpartition("/")[0]
+            found = fs.glob(path, detail=True)
+            if not found and not fs.isdir(root):
+                raise FileNotFoundError(root)
+            entries |= _entries(found, suffixes)
+            roots.add(root)
+        for path, info in _infos(fs, names):
+            if info["type"] == "directory" or (_is_http(fs) and _is_listing(fs, path, suffixes)):
+                roots.add(path.rstrip("/"))
+                entries |= list_folder(fs, path, suffixes)
             else:
-                info = fs.info(path)
-                if info["type"] == "directory":
-                    root = path
-                    found = fs.find(path, detail=True)
-                    infos |= {name: i for name, i in found.items() if name.lower().endswith(suffixes)}
-                else:
-                    root = path.rpartition("/")[0]
-                    infos[path] = info
-            roots.append(root)
-    if not infos:
+                roots.add(path.rpartition("/")[0])
+                entries[path] = _entry(path, info)
+    if not entries:
         raise ConfigError(f"nothing matches {uri} (looked for {' '.join(suffixes)})")
-    root = _common_folder(roots)
-    entries = [_entry(path, infos[path]) for path in sorted(infos)]
-    return fs, root, entries
+    return fs, _common_folder(sorted(roots)), [entries[path] for path in sorted(entries)]
+
+
+def list_folder(fs: fsspec.AbstractFileSystem, path: str, suffixes: tuple[str, ...] = ("",)) -> dict[str, Entry]:
+    """The files below a folder by path, hidden ones left out. Raises what the file system raises."""
+    root = path.rstrip("/")
+    found = fs.find(path, detail=True)
+    visible = {name: info for name, info in found.items() if "/." not in name[len(root) :]}
+    return _entries(visible, suffixes)
+
+
+def _entries(infos: Mapping[str, Mapping[str, Any]], suffixes: tuple[str, ...]) -> dict[str, Entry]:
+    return {
+        path: _entry(path, info)
+        for path, info in infos.items()
+        if info["type"] == "file" and path.partition("?")[0].lower().endswith(suffixes)
+    }
+
+
+def _infos(fs: fsspec.AbstractFileSystem, paths: list[str]) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    """What the file system says about each named path, with few round trips where they share a folder."""
+    known: dict[str, Mapping[str, Any]] = {}
+    folders: dict[str, int] = {}
+    for path in paths:
+        folder = path.rpartition("/")[0]
+        folders[folder] = folders.get(folder, 0) + 1
+    for folder, count in folders.items():
+        if count >= NAMED_BEFORE_LISTING and not _is_http(fs):
+            with contextlib.suppress(FileNotFoundError, PermissionError):  # objects may be readable, but not listable
+                known |= {str(info["name"]): info for info in fs.ls(folder, detail=True)}
+    with ThreadPoolExecutor(min(LISTING_THREADS, max(1, len(paths)))) as pool:
+        yield from zip(paths, pool.map(lambda path: known.get(path) or fs.info(path), paths), strict=True)
+
+
+def _is_http(fs: fsspec.AbstractFileSystem) -> bool:
+    return "http" in fs.protocol
+
+
+def _is_listing(fs: fsspec.AbstractFileSystem, path: str, suffixes: tuple[str, ...]) -> bool:
+    """Over HTTP every address is a file; one without a known suffix that links to addresses below it is a folder."""
+    return not path.partition("?")[0].lower().endswith(suffixes) and bool(fs.isdir(path))
+
+
+def _glob_characters(fs: fsspec.AbstractFileSystem) -> str:
+    return "*[" if _is_http(fs) else GLOB_CHARACTERS  # there, ? begins a query: signed addresses have one
 
 
 def _common_folder(paths: list[str]) -> str:
@@ -138,8 +223,12 @@ def _common_folder(paths: list[str]) -> str:
     return "/".join(shared)
 
 
+MARKS = ("ETag", "etag", "md5", "md5Hash", "Content-MD5", "mtime", "LastModified", "last_modified", "Last-Modified",
+         "updated", "modificationTime", "created")  # fmt: skip
+
+
 def _entry(path: str, info: Mapping[str, Any]) -> Entry:
-    mark = next((str(info[key]) for key in ("ETag", "etag", "md5", "mtime", "LastModified", "created") if info.get(key)), "")
+    mark = next((str(info[key]) for key in MARKS if info.get(key)), "")
     size = int(info.get("size") or 0)
     return Entry(path, size, hashlib.blake2b(f"{size}-{mark}".encode(), digest_size=8).hexdigest())
 
@@ -149,7 +238,7 @@ def delta_options(options: Mapping[str, Any]) -> dict[str, str]:
 
     Handles `key`, `secret`, `token`, `endpoint_url`, `anon` and `client_kwargs: {endpoint_url, region_name}`.
     """
-    names = {"key": "AWS_ACCESS_KEY_ID", "secret": "AWS_SECRET_ACCESS_KEY", "token": "AWS_SESSION_TOKEN"}  # noqa: S105
+    names = {"key": "AWS_ACCESS_KEY_ID", "secret": "AWS_SECRET_ACCESS_KEY", "token": "AWS_SESSION_TOKEN"}
     client = dict(options.get("client_kwargs") or {})
     endpoint = client.get("endpoint_url") or options.get("endpoint_url")
     result = {names[key]: str(value) for key, value in options.items() if key in names and value is not None}

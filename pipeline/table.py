@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
-from deltalake.transaction import AddAction
+from deltalake.transaction import AddAction, RemoveAction
 from pyroaring import BitMap
 
 from pipeline.errors import RunError, SchemaError, StorageError
@@ -136,7 +136,7 @@ class PredictionTable:
             self._fence += 1
             self._commit([_add_action(file) for file in files])
 
-    def _commit(self, actions: list[AddAction]) -> None:
+    def _commit(self, actions: list[AddAction | RemoveAction]) -> None:
         with delta_errors(f"output {self.uri}"):
             self._table.create_write_transaction(
                 actions,
@@ -184,7 +184,11 @@ class PredictionTable:
         with delta_errors(f"output {self.uri}"):
             dataset = self._table.to_pyarrow_dataset()
             yield from dataset.scanner(
-                columns=list(columns), filter=filter_expression, batch_size=4096, batch_readahead=2, fragment_readahead=2
+                columns=list(columns),
+                filter=filter_expression,
+                batch_size=4096,
+                batch_readahead=2,
+                fragment_readahead=2,
             ).to_batches()
 
     def done(self, shard_ids: Sequence[str], versions: Mapping[str, str]) -> dict[tuple[str, str], BitMap]:
@@ -273,9 +277,7 @@ def _add_action(file: FileRecord) -> AddAction:
         "maxValues": {**bounds, "position": positions.max()},
         "nullCount": {"error_type": file.rows - file.failed, "shard_id": 0, "model_version": 0, "position": 0},
     }
-    return AddAction(
-        file.path, file.size_bytes, {MODEL: file.model}, int(time.time() * 1000), True, json.dumps(stats)
-    )
+    return AddAction(file.path, file.size_bytes, {MODEL: file.model}, int(time.time() * 1000), True, json.dumps(stats))
 
 
 def _delta_uri(uri: str) -> str:

@@ -14,7 +14,7 @@ import yaml
 from pipeline.errors import ConfigError
 from pipeline.storage import read_bytes
 
-__all__ = ["Category", "Taxonomy", "load_taxonomy"]
+__all__ = ["Category", "Taxonomy", "build_taxonomy", "bundled_taxonomies", "load_taxonomy"]
 
 MAX_TAXONOMY_BYTES = 2_000_000
 
@@ -54,6 +54,16 @@ class Taxonomy:
         """The smallest unsigned type of a label map in this space: uint8 or uint16."""
         return np.uint8 if self.void_id == 255 else np.uint16
 
+    def describe(self) -> dict[str, Any]:
+        """Plain values that `build_taxonomy` takes back."""
+        return {
+            "name": self.name,
+            "source": self.source,
+            "categories": [
+                {"id": c.id, "name": c.name, "kind": c.kind, "color": list(c.color)} for c in self.categories
+            ],
+        }
+
     @functools.cached_property
     def palette(self) -> npt.NDArray[np.uint8]:
         """Colours by id, (void_id + 1, 3) uint8; void and unknown ids are black."""
@@ -89,19 +99,29 @@ def parse_taxonomy(text: str, where: str) -> Taxonomy:
     """Build a taxonomy from YAML: `name`, `source`, `categories: [{id, name, kind, color}]`."""
     try:
         tree = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{where} is not readable YAML: {' '.join(str(error).split())}") from error
+    return build_taxonomy(tree, where)
+
+
+def build_taxonomy(tree: Any, where: str) -> Taxonomy:
+    """Build a taxonomy from the plain values that `Taxonomy.describe` gives. Raises ConfigError."""
+    try:
         categories = tuple(
             Category(int(item["id"]), str(item["name"]), item["kind"], tuple(int(c) for c in item["color"]))  # type: ignore[arg-type]
             for item in tree["categories"]
         )
         taxonomy = Taxonomy(str(tree["name"]), str(tree["source"]), categories)
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{where} holds no taxonomy: {type(error).__name__}: {error}") from error
     ids = taxonomy.ids
     if not ids or len(set(ids)) != len(ids) or min(ids) < 0 or max(ids) >= 65535:
         raise ConfigError(f"{where}: ids must be unique, 0 to 65534, at least one; got {sorted(ids)[:20]}")
     for category in categories:
-        if category.kind not in ("thing", "stuff") or len(category.color) != 3 or not all(
-            0 <= value <= 255 for value in category.color
+        if (
+            category.kind not in ("thing", "stuff")
+            or len(category.color) != 3
+            or not all(0 <= value <= 255 for value in category.color)
         ):
             raise ConfigError(f"{where}: category {category.id}: kind must be thing or stuff, color three bytes")
     return taxonomy

@@ -104,9 +104,7 @@ class UnitLog:
                 self.uri, lines, mode="append", storage_options=self._options, post_commithook_properties=QUIET
             )
 
-    def append_finished(
-        self, finished: Sequence[tuple[str, str, int | None, int | None]], run_id: str
-    ) -> None:
+    def append_finished(self, finished: Sequence[tuple[str, str, int | None, int | None]], run_id: str) -> None:
         """Note units as finished for a model version: (shard_id, model_version, rows, stop); rows None = open again."""
         columns = list(zip(*finished, strict=True)) if finished else [(), (), (), ()]
         count = len(finished)

@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ __all__ = ["LoadedModel", "check_models", "load_model"]
 PREPROCESS_OPTIONS = {field.name for field in dataclasses.fields(Preprocess)}
 POST_OPTIONS = {field.name for field in dataclasses.fields(PostContext)} - {"taxonomy"}
 RUN_OPTIONS = {"precision", "channels_last", "compile"}
+T = TypeVar("T")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -51,7 +52,7 @@ class LoadedModel:
             "name": self.spec.name,
             "version": self.version,
             "task": self.spec.task,
-            "taxonomy": self.taxonomy.name,
+            "taxonomy": self.taxonomy.describe(),
             "license": self.spec.license,
             "commercial": self.spec.commercial,
             "parameters": sum(parameter.numel() for parameter in self.module.parameters()),
@@ -131,7 +132,7 @@ def load_model(config: ModelConfig, *, seed: int, tile_pixels: int) -> LoadedMod
     )
 
 
-def _replaced[T](value: T, options: Mapping[str, Any], where: str) -> T:
+def _replaced(value: T, options: Mapping[str, Any], where: str) -> T:
     names = {field.name: field for field in dataclasses.fields(value)}  # type: ignore[arg-type]
     changes: dict[str, Any] = {}
     for name, option in options.items():
@@ -147,8 +148,11 @@ def _replaced[T](value: T, options: Mapping[str, Any], where: str) -> T:
                 raise ConfigError(f"{name} must not be null ({where})")
         elif isinstance(option, bool) != (kind is bool) or not isinstance(option, int | float | str):
             raise ConfigError(f"{name} cannot be {option!r} ({where})")
-        elif isinstance(option, int | float) and not isinstance(option, bool) and option <= 0 and name in (
-            "resize", "max_size", "pad_multiple", "max_segments"
+        elif (
+            isinstance(option, int | float)
+            and not isinstance(option, bool)
+            and option <= 0
+            and name in ("resize", "max_size", "pad_multiple", "max_segments")
         ):
             raise ConfigError(f"{name} must be above 0, got {option} ({where})")
         changes[name] = option

@@ -5,6 +5,7 @@ import importlib
 
 from pipeline.errors import ConfigError, UnknownModelError
 from pipeline.models import torchvision_detection, torchvision_semantic
+from pipeline.models.null import Null
 from pipeline.models.spec import ModelSpec, Preprocess
 from pipeline.models.unet import UNetSmall
 
@@ -45,6 +46,15 @@ MODELS: dict[str, ModelSpec] = {
             license="Apache-2.0",
             paper="after Ronneberger et al. 2015, arXiv:1505.04597",
             weights=("bundled:unet_small_scenes",),
+        ),
+        ModelSpec(
+            name="null",
+            task="semantic",
+            build=Null,
+            preprocess=Preprocess(pad_multiple=1),
+            taxonomy="scenes",
+            license="Apache-2.0",
+            paper="none: says the first class everywhere, for measuring everything but the model",
         ),
         _torchvision_semantic("fcn_resnet50", "FCN_ResNet50", FCN),
         _torchvision_semantic("fcn_resnet101", "FCN_ResNet101", FCN),

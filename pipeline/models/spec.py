@@ -10,7 +10,7 @@ from torch import nn
 
 from pipeline.taxonomy import Taxonomy
 
-__all__ = ["Frame", "Instances", "ModelSpec", "Prediction", "Preprocess", "PostContext", "Quality", "Task"]
+__all__ = ["Frame", "Instances", "ModelSpec", "PostContext", "Prediction", "Preprocess", "Quality", "Task"]
 
 Task = Literal["semantic", "instance", "depth"]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -115,7 +115,7 @@ Postprocess = Callable[[Any, Sequence[Frame], PostContext], list[Prediction]]
 Forward = Callable[[nn.Module, Any, Sequence[Frame]], Any]
 
 
-def call(module: nn.Module, image_BCHW: Any, frames: Sequence[Frame]) -> Any:  # noqa: ARG001
+def call(module: nn.Module, image_BCHW: Any, frames: Sequence[Frame]) -> Any:
     """The usual forward pass: the module on the padded batch."""
     return module(image_BCHW)
 

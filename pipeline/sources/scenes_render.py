@@ -101,6 +101,7 @@ class Canvas:
 
     color_HW: packed r + 256 g + 65536 b, little endian, so that one store paints a pixel.
     face_HW: index into `planes` (inverse depth) and `owner` (index into `objects`); face 0 is the sky.
+    current: the face that is being painted.
     """
 
     def __init__(self, draw: Draw, camera: Camera, width: int, height: int, tint: Rgb) -> None:
@@ -117,7 +118,7 @@ class Canvas:
         clump = max(1, (width + 64) // 128)
         clumps = draw.plane(-(-height // clump), -(-width // clump))
         self.clump_HW = clumps if clump == 1 else clumps.repeat(clump, 0).repeat(clump, 1)[:height, :width]
-        self._face = 0
+        self.current = 0
 
     def ink(self, color: Rgb, shade: float = 1.0) -> int:
         """A surface colour under the scene's light, packed."""
@@ -138,8 +139,8 @@ class Canvas:
         """Start another face of the object."""
         self.planes.append(plane)
         self.owner.append(len(self.objects) - 1)
-        self._face = len(self.planes) - 1
-        return self._face
+        self.current = len(self.planes) - 1
+        return self.current
 
     def span(self, low: float, high: float, size: int) -> tuple[int, int]:
         """The pixels whose centre lies in [low, high)."""
@@ -157,7 +158,7 @@ class Canvas:
         if r0 < r1 and c0 < c1:
             where = self.touch(r0, r1, c0, c1)
             self.color_HW[where] = color
-            self.face_HW[where] = self._face
+            self.face_HW[where] = self.current
 
     def ellipse(self, u: float, v: float, ru: float, rv: float, color: int) -> None:
         r0, r1 = self.span(v - rv, v + rv, self.height)
@@ -209,7 +210,7 @@ class Canvas:
     def fill(self, r0: int, r1: int, c0: int, c1: int, inside_HW: npt.NDArray[np.bool_], color: int) -> None:
         where = self.touch(r0, r1, c0, c1)
         self.color_HW[where][inside_HW] = color
-        self.face_HW[where][inside_HW] = self._face
+        self.face_HW[where][inside_HW] = self.current
 
     def shadow(self, u: float, v: float, ru: float, rv: float) -> None:
         """Darken an ellipse where it falls on the ground; labels stay."""
@@ -235,7 +236,7 @@ class Canvas:
         inverse += planes[:, 2][face_HW]
         sky = face_HW == 0
         inverse[sky] = 1.0
-        depth_HW = (1.0 / inverse).astype(np.float32)
+        depth_HW: npt.NDArray[np.float32] = (1.0 / inverse).astype(np.float32)
         depth_HW[sky] = 0
         return depth_HW
 
@@ -251,4 +252,4 @@ class Canvas:
         color += (noise >> 3) & 3
         np.clip(color, 5, 260, out=color)
         color -= 5
-        return np.ascontiguousarray(color[:, :, :3].astype(np.uint8))
+        return np.ascontiguousarray(color[:, :, :3], dtype=np.uint8)

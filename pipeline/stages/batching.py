@@ -1,7 +1,7 @@
 """Batches by padded shape and pixel budget instead of by row count."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 __all__ = ["PixelBatcher", "Shaped"]
 
@@ -11,7 +11,10 @@ class Shaped(Protocol):
     def padded(self) -> tuple[int, int]: ...
 
 
-class PixelBatcher[Item: Shaped]:
+Item = TypeVar("Item", bound=Shaped)
+
+
+class PixelBatcher(Generic[Item]):
     """Groups items of one padded (height, width); a group leaves when the next item would break the budget.
 
     Which items share a batch depends only on their order and the budget, so a rerun makes the same batches.

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Generic, TypeVar
 
 import torch
 
@@ -11,10 +12,11 @@ from pipeline.errors import PredictTimeoutError
 
 __all__ = ["Device", "Job"]
 
+Result = TypeVar("Result")
 POLL_S = 0.5
 
 
-class Job[Result]:
+class Job(Generic[Result]):
     """A call that waits for, or runs on, the device thread."""
 
     def __init__(self, function: Callable[[], Result]) -> None:
@@ -44,18 +46,18 @@ class Device:
         # The number of intra-op threads belongs to the calling thread under OpenMP, so it is set in this one.
         return ThreadPoolExecutor(1, "maskmill-device", torch.set_num_threads, (self._torch_threads,))
 
-    def submit[Result](self, function: Callable[[], Result]) -> Job[Result]:
+    def submit(self, function: Callable[[], Result]) -> Job[Result]:
         job = Job(function)
         job.future = self._executor.submit(self._timed, job)
         return job
 
-    def _timed[Result](self, job: Job[Result]) -> Result:
+    def _timed(self, job: Job[Result]) -> Result:
         try:
             return job.run()
         finally:
             self.busy_s += time.monotonic() - job.started
 
-    def wait[Result](self, job: Job[Result]) -> Result:
+    def wait(self, job: Job[Result]) -> Result:
         """The job's result. Raises PredictTimeoutError where it runs for longer than `timeout_s`."""
         while True:
             try:

@@ -3,10 +3,10 @@
 import os
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import groupby
 from typing import Any
@@ -14,61 +14,23 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from pipeline.config import ModelConfig, OutputConfig, Resources, SourceConfig
 from pipeline.errors import ConfigError, PredictTimeoutError, RowError
 from pipeline.models.load import load_model
 from pipeline.models.spec import Prediction
 from pipeline.schema import FAILED, OK
-from pipeline.sources.base import Unit, UnitEnd
+from pipeline.sources.base import UnitEnd
 from pipeline.sources.registry import open_source
 from pipeline.stages.batching import PixelBatcher
 from pipeline.stages.decode import Decoded, Decoder
 from pipeline.stages.device import Device, Job
 from pipeline.stages.encode import encode
 from pipeline.stages.predict import Predict, Prepared, choose_device, default_batch_pixels
-from pipeline.table import FILE_SCHEMA, FileRecord, write_file
+from pipeline.stages.work import STAGES, LabelPlan, Window, WorkItem
+from pipeline.table import FILE_SCHEMA, write_file
 
-__all__ = ["STAGES", "LabelPlan", "Labeller", "Window", "WorkItem", "thread_count"]
+__all__ = ["Labeller", "thread_count"]
 
-STAGES = ("read", "decode", "prepare", "predict", "encode", "write")
 BATCHES_AHEAD = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelPlan:
-    """What every worker of a run is given. versions: the model_version expected of each model, by label."""
-
-    source: SourceConfig
-    models: tuple[ModelConfig, ...]
-    output: OutputConfig
-    resources: Resources
-    versions: Mapping[str, str]
-    run_id: str
-    seed: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkItem:
-    """One unit to label. done: per model, positions that have their row. attempts: per model, earlier tries by
-    position, of rows that failed before."""
-
-    unit: Unit
-    done: tuple[Container[int], ...]
-    attempts: tuple[Mapping[int, int], ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Window:
-    """What one window of a unit came to: its files (all committed together), and the unit's rows once it is finished.
-
-    seconds: thread seconds by stage. images: samples in it.
-    """
-
-    shard_id: str
-    files: tuple[FileRecord, ...] = ()
-    rows: int | None = None
-    images: int = 0
-    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 def thread_count(setting: int | str) -> int:
@@ -79,11 +41,11 @@ def thread_count(setting: int | str) -> int:
 class _Open:
     """A window that is being labelled."""
 
-    def __init__(self, shard_id: str, models: int) -> None:
-        self.shard_id = shard_id
+    def __init__(self, item: WorkItem, models: int) -> None:
+        self.item = item
         self.rows: list[list[Future[dict[str, Any]]]] = [[] for _ in range(models)]
         self.images = 0
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
         self._lock = threading.Lock()
 
     def spent(self, stage: str, seconds: float) -> None:
@@ -160,11 +122,11 @@ class Labeller:
             closing = self._writers.submit(self._close, opened)
         if closing is not None:
             yield closing.result()
-        yield Window(shard_id=item.unit.shard_id, rows=rows)
+        yield Window(index=item.index, rows=rows)
 
     def _run(self, item: WorkItem, window: Iterator[Decoded]) -> _Open:
         """Push one window through the models; returns when its last batch has left the device."""
-        opened = _Open(item.unit.shard_id, len(self.models))
+        opened = _Open(item, len(self.models))
         batchers = [PixelBatcher[_Member](lambda predict=predict: predict.batch_pixels) for predict in self._predict]  # type: ignore[misc]
         ahead: deque[tuple[Job[None], int, list[_Member]]] = deque()
         for decoded in window:
@@ -268,13 +230,11 @@ class Labeller:
                     pa.Table.from_pylist(rows, schema=FILE_SCHEMA),
                     model=model.label,
                     model_version=model.version,
-                    shard_id=opened.shard_id,
+                    shard_id=opened.item.unit.shard_id,
                 )
             )
             opened.spent("write", time.perf_counter() - started)
-        return Window(
-            shard_id=opened.shard_id, files=tuple(files), images=opened.images, seconds=dict(opened.seconds)
-        )
+        return Window(index=opened.item.index, files=tuple(files), images=opened.images, seconds=dict(opened.seconds))
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,15 +5,30 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-__all__ = ["map_ordered", "read_ahead"]
+__all__ = ["map_ordered", "read_ahead", "ticking"]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _END: Final = object()
 
 
-def read_ahead[Item](items: Iterable[Item], *, count: int, weight: Callable[[Item], int], limit: int) -> Iterator[Item]:
+def read_ahead(items: Iterable[Item], *, count: int, weight: Callable[[Item], int], limit: int) -> Iterator[Item]:
     """Iterate in a thread of its own, at most `count` items and about `limit` of weight (bytes) ahead.
+
+    An exception of the iterable is raised at its place. The thread ends when the consumer stops.
+    """
+    for item in ticking(items, count=count, weight=weight, limit=limit, tick_s=None):
+        if item is not None:
+            yield item
+
+
+def ticking(
+    items: Iterable[Item], *, count: int, weight: Callable[[Item], int], limit: int, tick_s: float | None
+) -> Iterator[Item | None]:
+    """`read_ahead` that also gives None whenever nothing has come for `tick_s` seconds.
 
     An exception of the iterable is raised at its place. The thread ends when the consumer stops.
     """
@@ -51,7 +66,11 @@ def read_ahead[Item](items: Iterable[Item], *, count: int, weight: Callable[[Ite
     thread.start()
     try:
         while True:
-            value = ready.get()
+            try:
+                value = ready.get(timeout=tick_s)
+            except queue.Empty:
+                yield None
+                continue
             if value is _END:
                 return
             if isinstance(value, BaseException):
@@ -65,7 +84,7 @@ def read_ahead[Item](items: Iterable[Item], *, count: int, weight: Callable[[Ite
         stopped.set()
 
 
-def map_ordered[Item, Result](
+def map_ordered(
     pool: Executor,
     function: Callable[[Item], Result],
     items: Iterable[Item],

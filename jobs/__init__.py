@@ -1,0 +1,1 @@
+"""Ray job entry points, one per job, and the `maskmill` command."""

@@ -1,0 +1,49 @@
+"""The `maskmill` command: finds the job and hands it the rest of the line."""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+import pipeline
+from pipeline.errors import EXIT_CONFIG
+
+__all__ = ["main"]
+
+JOBS = {
+    "label": "label a corpus into a table of masks",
+    "status": "expected = ok + failed + pending, and the kinds of failure",
+    "preview": "one PNG of images with their masks",
+    "pack": "write any source as tar shards",
+    "models": "list the models of the registry",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if arguments else EXIT_CONFIG
+    if arguments[0] in ("-V", "--version"):
+        print(f"maskmill {pipeline.__version__}")
+        return 0
+    job = arguments[0]
+    if job not in JOBS:
+        close = difflib.get_close_matches(job, JOBS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"jobs: {', '.join(JOBS)}"
+        print(f"maskmill: error: unknown job {job!r}; {hint}", file=sys.stderr)
+        return EXIT_CONFIG
+    code: int = importlib.import_module(f"jobs.{job}").main(arguments[1:])
+    return code
+
+
+def usage() -> str:
+    """What `maskmill --help` prints."""
+    lines = ["usage: maskmill JOB ...", "", "Jobs (maskmill JOB --help explains each):"]
+    lines += [f"  {job:<10}{text}" for job, text in JOBS.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

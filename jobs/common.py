@@ -1,0 +1,70 @@
+"""What all jobs share: arguments, help from the config's own fields, errors as one line and an exit code."""
+
+import logging
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from pipeline.config import Section, describe, load_config, load_overrides
+from pipeline.errors import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_UNEXPECTED, ConfigError, MaskmillError, RunError
+
+__all__ = ["Interrupted", "config_help", "config_job", "guarded", "storage_options"]
+
+ConfigT = TypeVar("ConfigT", bound=Section)
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM."""
+
+
+def config_help(job: str, kind: type[Section]) -> str:
+    """Usage and every config field with its default and meaning."""
+    summary = (kind.__doc__ or "").strip()
+    lines = [f"usage: maskmill {job} CONFIG.yaml [dotted.key=value ...]", "", summary, "", "Fields:"]
+    for name, default, meaning in describe(kind):
+        lines.append(f"  {name}  ({default})" if default != "required" else f"  {name}  (required)")
+        lines += textwrap.wrap(meaning, 110, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+def config_job(job: str, kind: type[ConfigT], body: Callable[[ConfigT], int], argv: Sequence[str]) -> int:
+    """Run a job that takes a config and overrides."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(config_help(job, kind))
+        return 0 if argv else EXIT_CONFIG
+    uri, overrides = (None, argv) if "=" in argv[0] else (argv[0], argv[1:])
+    return guarded(lambda: body(load_config(kind, uri, overrides)))
+
+
+def guarded(body: Callable[[], int]) -> int:
+    """Run a job's body; errors become one line on standard error and an exit code."""
+    logging.basicConfig(level=logging.WARNING, format="maskmill: %(levelname)s: %(message)s", stream=sys.stderr)
+    try:
+        return body()
+    except RunError as error:
+        return fail(str(error), error.exit_code)
+    except MaskmillError as error:
+        return fail(str(error), EXIT_UNEXPECTED)
+    except KeyboardInterrupt:
+        return fail("interrupted; what is committed stays, the same command goes on from there", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def fail(text: str, code: int) -> int:
+    """Say what went wrong in one line."""
+    print(f"maskmill: error: {' '.join(text.split())}", file=sys.stderr)
+    return code
+
+
+def storage_options(overrides: Sequence[str]) -> dict[str, Any]:
+    """`storage.key=value` arguments as fsspec options. Raises ConfigError."""
+    tree = load_overrides(overrides)
+    unknown = sorted(set(tree) - {"storage"})
+    if unknown:
+        raise ConfigError(f"expected storage.key=value, got {unknown[0]!r}")
+    options: dict[str, Any] = tree.get("storage", {})
+    return options

@@ -1,0 +1,88 @@
+"""How far a table is: `maskmill status OUTPUT [--json] [storage.key=value ...]`."""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow.compute as pc
+from rich.console import Console
+from rich.table import Table
+
+from jobs.common import guarded, storage_options
+from pipeline.progress import counts_table
+from pipeline.status import read_run, table_counts
+from pipeline.table import PredictionTable
+from pipeline.units import UnitLog
+
+__all__ = ["main"]
+
+EXAMPLES = 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        "maskmill status", description="expected = ok + failed + pending of a table, and the kinds of failure"
+    )
+    parser.add_argument("output", help="output.uri of the run")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("storage", nargs="*", help="fsspec options of the output, storage.key=value")
+    arguments = parser.parse_args(argv)
+    return guarded(lambda: _status(arguments.output, storage_options(arguments.storage), arguments.json))
+
+
+def _status(uri: str, storage: dict[str, Any], as_json: bool) -> int:
+    table = PredictionTable.open(uri, storage)
+    run = read_run(uri, storage)
+    versions = {model["label"]: model["version"] for model in run["models"]}
+    counts = table_counts(table, UnitLog(uri, storage), versions)
+    kinds, examples = _failures(table, versions)
+    if as_json:
+        figures = {
+            "run_id": run["run_id"],
+            "state": run["state"],
+            "models": [{**asdict(count), "pending": count.pending} for count in counts],
+            "failures": [
+                {"model": model, "stage": stage, "type": kind, "rows": rows, "examples": examples[model, stage, kind]}
+                for (model, stage, kind), rows in kinds.most_common()
+            ],
+        }
+        print(json.dumps(figures, indent=1))
+        return 0
+    console = Console(highlight=False)
+    console.print(f"run {run['run_id']}: {run['state']}, updated {run['updated_at']}", markup=False)
+    console.print(counts_table(counts))
+    if kinds:
+        shown = Table(box=None, pad_edge=False)
+        for column in ("failed", "model", "stage", "kind", "for example"):
+            shown.add_column(column, overflow="fold")
+        for (model, stage, kind), rows in kinds.most_common():
+            shown.add_row(str(rows), model, stage, kind, examples[model, stage, kind][0])
+        console.print()
+        console.print(shown, markup=False)
+    return 0
+
+
+def _failures(
+    table: PredictionTable, versions: dict[str, str]
+) -> tuple[Counter[tuple[str, str, str]], dict[tuple[str, str, str], list[str]]]:
+    kinds: Counter[tuple[str, str, str]] = Counter()
+    examples: dict[tuple[str, str, str], list[str]] = {}
+    columns = ["model", "model_version", "image_id", "error_stage", "error_type", "error_message"]
+    for batch in table.scan(columns, pc.field("status") == "failed"):
+        for row in batch.to_pylist():
+            if versions.get(row["model"]) != row["model_version"]:
+                continue
+            key = (row["model"], row["error_stage"], row["error_type"])
+            kinds[key] += 1
+            if len(examples.setdefault(key, [])) < EXAMPLES:
+                examples[key].append(f"{row['image_id']}: {row['error_message']}")
+    return kinds, examples
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""A contact sheet: images beside their masks, so that a person sees at once whether the labels make sense."""
+
+import colorsys
+import json
+from collections.abc import Container, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image, ImageDraw, ImageFont
+
+from pipeline.config import SourceConfig
+from pipeline.errors import ConfigError, RowError
+from pipeline.images import decode_image
+from pipeline.masks import decode_depth, decode_label_map, decode_rle
+from pipeline.schema import OK
+from pipeline.sources.base import Sample, UnitEnd, read_unit
+from pipeline.sources.registry import open_source
+from pipeline.table import PredictionTable
+from pipeline.taxonomy import Taxonomy
+
+__all__ = ["contact_sheet", "overlay", "pick_rows"]
+
+TILE = 320
+CAPTION = 20
+GAP = 8
+BACKGROUND = (24, 26, 30)
+TEXT = (225, 228, 232)
+MAP_ALPHA = 0.6
+MASK_ALPHA = 0.5
+# Anchors of a perceptual ramp from far (dark violet) to near (yellow), after matplotlib's plasma.
+DEPTH_RAMP = ((13, 8, 135), (126, 3, 168), (204, 71, 120), (248, 149, 64), (240, 249, 33))
+COLUMNS = ["image_id", "shard_id", "position", "width", "height", "semantic", "segments", "depth"]
+
+
+def pick_rows(table: PredictionTable, model: str, version: str, count: int, seed: int) -> list[dict[str, Any]]:
+    """`count` labelled rows of one model, spread over the shards, the same for the same seed."""
+    wanted = (pc.field("model") == model) & (pc.field("model_version") == version) & (pc.field("status") == OK)
+    rng = np.random.default_rng(seed)
+    # A reservoir over keys alone: the table may have a billion rows, the sheet has sixteen.
+    keys: list[tuple[str, int]] = []
+    seen = 0
+    for batch in table.scan(["shard_id", "position"], wanted):
+        for shard_id, position in zip(batch["shard_id"].to_pylist(), batch["position"].to_pylist(), strict=True):
+            seen += 1
+            if len(keys) < count:
+                keys.append((shard_id, position))
+            elif (place := int(rng.integers(seen))) < count:
+                keys[place] = (shard_id, position)
+    rows: list[dict[str, Any]] = []
+    chosen = set(keys)
+    if not chosen:
+        return rows
+    narrowed = (
+        wanted
+        & pc.field("shard_id").isin(pa.array(sorted({shard_id for shard_id, _ in chosen})))
+        & pc.field("position").isin(pa.array(sorted({position for _, position in chosen}), pa.int32()))
+    )
+    for batch in table.scan(COLUMNS, narrowed):
+        rows += [row for row in batch.to_pylist() if (row["shard_id"], row["position"]) in chosen]
+    return sorted(rows, key=lambda row: (row["shard_id"], row["position"]))
+
+
+class _AllBut:
+    """Every position but these few: what a reader has to skip."""
+
+    def __init__(self, positions: set[int]) -> None:
+        self.positions = positions
+
+    def __contains__(self, position: object) -> bool:
+        return position not in self.positions
+
+
+def read_images(source_config: SourceConfig, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Sample, int]]:
+    """The samples of `rows` from their source, each with the index of its row."""
+    source = open_source(source_config)
+    wanted: dict[str, dict[int, int]] = {}
+    for index, row in enumerate(rows):
+        wanted.setdefault(row["shard_id"], {})[row["position"]] = index
+    for unit in source.plan():
+        places = wanted.pop(unit.shard_id, None)
+        if places:
+            skip: Container[int] = _AllBut(set(places))
+            for item in read_unit(source, unit, skip):
+                if not isinstance(item, UnitEnd) and item.position in places:
+                    yield item, places[item.position]
+        if not wanted:
+            return
+
+
+def overlay(
+    image_HWC: npt.NDArray[np.uint8], row: Mapping[str, Any], taxonomy: Taxonomy
+) -> npt.NDArray[np.uint8]:
+    """The image under the row's label map, segments or depth: uint8 RGB of the same size."""
+    height, width = image_HWC.shape[:2]
+    if row.get("semantic"):
+        label_HW = decode_label_map(row["semantic"]["data"], row["semantic"]["format"], width=width, height=height)
+        return blend_labels(image_HWC, label_HW, taxonomy)
+    if row.get("segments") is not None:
+        return _blend_segments(image_HWC, row["segments"])
+    if row.get("depth"):
+        return _color_depth(decode_depth(row["depth"], width=width, height=height))
+    return image_HWC
+
+
+def blend_labels(
+    image_HWC: npt.NDArray[np.uint8], label_HW: npt.NDArray[Any], taxonomy: Taxonomy
+) -> npt.NDArray[np.uint8]:
+    """Class colours over a dimmed gray image, class borders in white."""
+    colors_HWC = taxonomy.palette[np.minimum(label_HW, taxonomy.void_id)].astype(np.float32)
+    gray_HW1 = image_HWC.mean(axis=2, keepdims=True)
+    blended = colors_HWC * MAP_ALPHA + gray_HW1 * (1 - MAP_ALPHA)
+    border_HW = np.zeros(label_HW.shape, bool)
+    border_HW[:, 1:] |= label_HW[:, 1:] != label_HW[:, :-1]
+    border_HW[1:] |= label_HW[1:] != label_HW[:-1]
+    blended[border_HW] = blended[border_HW] * 0.4 + 255 * 0.6
+    return blended.astype(np.uint8)
+
+
+def _blend_segments(image_HWC: npt.NDArray[np.uint8], segments: Sequence[Mapping[str, Any]]) -> npt.NDArray[np.uint8]:
+    height, width = image_HWC.shape[:2]
+    blended = image_HWC.astype(np.float32)
+    # The best last, so that it lies on top.
+    for index, segment in reversed(list(enumerate(segments))):
+        mask_HW = decode_rle(segment["rle"], width=width, height=height)
+        red, green, blue = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.75, 1.0)
+        color = np.array([red, green, blue], np.float32) * 255
+        blended[mask_HW] = blended[mask_HW] * (1 - MASK_ALPHA) + color * MASK_ALPHA
+    return blended.astype(np.uint8)
+
+
+def _color_depth(depth_HW: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    valid_HW = np.isfinite(depth_HW)
+    colors_HWC = np.zeros((*depth_HW.shape, 3), np.uint8)
+    if valid_HW.any():
+        low, high = np.percentile(depth_HW[valid_HW], [2, 98])
+        nearness = 1 - np.clip((depth_HW - low) / max(high - low, 1e-9), 0, 1)
+        anchors = np.linspace(0, 1, len(DEPTH_RAMP))
+        for channel in range(3):
+            values = np.interp(nearness[valid_HW], anchors, [color[channel] for color in DEPTH_RAMP])
+            colors_HWC[valid_HW, channel] = values.astype(np.uint8)
+    return colors_HWC
+
+
+def contact_sheet(
+    source_config: SourceConfig, rows: Sequence[Mapping[str, Any]], taxonomy: Taxonomy, title: str
+) -> Image.Image:
+    """One picture: for each row the image, the prediction, and the target where the source has one of its kind.
+
+    Raises ConfigError where no row's image can be found in the source.
+    """
+    panels: list[tuple[str, list[npt.NDArray[np.uint8]]]] = []
+    for sample, index in read_images(source_config, rows):
+        row = rows[index]
+        try:
+            image_HWC = decode_image(sample.image, max_pixels=source_config.max_pixels)
+        except RowError:
+            continue
+        pictures = [image_HWC, overlay(image_HWC, row, taxonomy)]
+        target = _target(image_HWC, sample, row, taxonomy)
+        panels.append((str(row["image_id"]), [*pictures, target] if target is not None else pictures))
+    if not panels:
+        raise ConfigError("none of the labelled images could be read from the source")
+    names = ["image", "prediction", "target"][: max(len(pictures) for _, pictures in panels)]
+    return _lay_out(panels, names, _used_categories(rows, taxonomy), taxonomy, title)
+
+
+def _target(
+    image_HWC: npt.NDArray[np.uint8], sample: Sample, row: Mapping[str, Any], taxonomy: Taxonomy
+) -> npt.NDArray[np.uint8] | None:
+    height, width = image_HWC.shape[:2]
+    try:
+        if row.get("semantic") and "semantic" in sample.targets:
+            label_HW = decode_label_map(sample.targets["semantic"], "png", width=width, height=height)
+            return blend_labels(image_HWC, label_HW, taxonomy)
+        if row.get("segments") is not None and "instances" in sample.targets:
+            annotations = json.loads(sample.targets["instances"])["annotations"]
+            rles = [a["segmentation"]["counts"] for a in annotations if isinstance(a["segmentation"], dict)]
+            if len(rles) == len(annotations) and all(isinstance(rle, str) for rle in rles):
+                return _blend_segments(image_HWC, [{"rle": rle} for rle in rles])
+    except (ValueError, KeyError, TypeError, OSError, RowError):
+        return None
+    return None
+
+
+def _used_categories(rows: Sequence[Mapping[str, Any]], taxonomy: Taxonomy) -> list[int]:
+    used: set[int] = set()
+    for row in rows:
+        if row.get("semantic"):
+            size = {"width": row["width"], "height": row["height"]}
+            used |= set(np.unique(decode_label_map(row["semantic"]["data"], row["semantic"]["format"], **size)).tolist())
+        if row.get("segments"):
+            used |= {segment["category_id"] for segment in row["segments"]}
+    return [identifier for identifier in taxonomy.ids if identifier in used]
+
+
+def _lay_out(
+    panels: Sequence[tuple[str, list[npt.NDArray[np.uint8]]]],
+    names: Sequence[str],
+    categories: Sequence[int],
+    taxonomy: Taxonomy,
+    title: str,
+) -> Image.Image:
+    across = 2 if len(names) < 3 else 1
+    across = min(across * 2, len(panels)) if len(panels) > 2 else across
+    across = max(1, min(across, len(panels)))
+    tile_height = round(TILE * float(np.median([p[0].shape[0] / p[0].shape[1] for _, p in panels])))
+    tile_height = max(TILE // 3, min(tile_height, TILE * 3 // 2))
+    cell_width = len(names) * (TILE + 2) + GAP
+    cell_height = tile_height + CAPTION + GAP
+    down = -(-len(panels) // across)
+    width = across * cell_width + GAP
+    font, small = ImageFont.load_default(18), ImageFont.load_default(12)
+    legend_columns = max(1, width // 150)
+    legend_rows = -(-len(categories) // legend_columns)
+    top = 58
+    sheet = Image.new("RGB", (width, top + down * cell_height + legend_rows * 22 + 2 * GAP), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((GAP, 8), title, TEXT, font)
+    for column in range(across):
+        for place, name in enumerate(names):
+            draw.text((GAP + column * cell_width + place * (TILE + 2), 38), name, (140, 146, 155), small)
+    for index, (caption, pictures) in enumerate(panels):
+        left, upper = GAP + index % across * cell_width, top + index // across * cell_height
+        for place, picture in enumerate(pictures):
+            tile = Image.fromarray(picture)
+            tile.thumbnail((TILE, tile_height))
+            offset = ((TILE - tile.width) // 2, (tile_height - tile.height) // 2)
+            sheet.paste(tile, (left + place * (TILE + 2) + offset[0], upper + offset[1]))
+        draw.text((left, upper + tile_height + 3), _fit(caption, draw, small, cell_width - 2 * GAP), TEXT, small)
+    for index, identifier in enumerate(categories):
+        left = GAP + index % legend_columns * 150
+        upper = top + down * cell_height + GAP + index // legend_columns * 22
+        draw.rectangle((left, upper, left + 14, upper + 14), taxonomy.by_id[identifier].color)
+        draw.text((left + 20, upper), taxonomy.by_id[identifier].name, TEXT, small)
+    return sheet
+
+
+def _fit(text: str, draw: ImageDraw.ImageDraw, font: Any, width: int) -> str:
+    """The end of a long id tells images apart, so its beginning is cut."""
+    printable = "".join(character if character.isprintable() else "?" for character in text)
+    cut = printable
+    while cut and draw.textlength(cut, font) > width:
+        cut = "…" + cut[2:] if cut.startswith("…") else "…" + cut[1:]
+    return cut

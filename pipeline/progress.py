@@ -1,0 +1,119 @@
+"""What a run says while it goes: a bar on a terminal, a plain line every ten seconds elsewhere, a summary at the end."""
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from pipeline.status import Counts
+
+__all__ = ["Reporter", "counts_table", "limiting_stage", "stage_shares"]
+
+LINE_EVERY_S = 10.0
+RATE_WINDOW_S = 60.0
+
+
+def stage_shares(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Thread seconds of each stage as a share of all."""
+    total = sum(seconds.values())
+    return {stage: value / total if total else 0.0 for stage, value in seconds.items()}
+
+
+def limiting_stage(seconds: Mapping[str, float], *, wall_s: float, workers: int, threads: int, calls: int) -> str:
+    """The stage whose threads are closest to busy all the time: what more of would make the run faster."""
+    lanes = {"read": calls, "decode": threads, "prepare": threads, "encode": threads, "predict": 1, "write": calls}
+    # Decode, prepare and encode share one pool of threads.
+    busy = dict(seconds)
+    shared = sum(busy.get(stage, 0.0) for stage in ("decode", "prepare", "encode"))
+    load = {stage: busy.get(stage, 0.0) / (wall_s * workers * lanes[stage]) for stage in ("read", "predict", "write")}
+    largest = max(("decode", "prepare", "encode"), key=lambda stage: busy.get(stage, 0.0))
+    load[largest] = shared / (wall_s * workers * threads)
+    return max(load, key=lambda stage: load[stage]) if wall_s > 0 and any(load.values()) else "start-up"
+
+
+class Reporter:
+    """Progress of one run. Everything goes to standard error, so that standard output stays for results."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+        self._live = self.console.is_terminal and not quiet
+        self._quiet = quiet
+        self._progress: Progress | None = None
+        self._task = None
+        self._last_line = 0.0
+        self._history: list[tuple[float, int]] = []
+
+    def say(self, text: str) -> None:
+        """One line about what happens now."""
+        if not self._quiet:
+            self.console.print(text, markup=False)
+
+    def start(self, total: int, done: int) -> None:
+        """Begin the bar: `total` images, `done` of them by earlier runs."""
+        self._history = [(time.monotonic(), done)]
+        self._last_line = time.monotonic()
+        if self._live:
+            self._progress = Progress(
+                TextColumn("labelling"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]} img/s  failed {task.fields[failed]}  limit: {task.fields[limit]}"),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task(
+                "label", total=total, completed=done, rate="-", failed=0, limit="start-up"
+            )
+
+    def update(self, *, done: int, total: int, failed: int, limit: str) -> None:
+        """Show where the run is; done and total in images, failed in rows."""
+        now = time.monotonic()
+        self._history.append((now, done))
+        while len(self._history) > 2 and now - self._history[0][0] > RATE_WINDOW_S:
+            self._history.pop(0)
+        (then, before), (_, after) = self._history[0], self._history[-1]
+        rate = (after - before) / max(now - then, 1e-9)
+        if self._progress is not None and self._task is not None:
+            self._progress.update(
+                self._task, completed=done, total=max(total, done), rate=f"{rate:.1f}", failed=failed, limit=limit
+            )
+        elif not self._quiet and now - self._last_line >= LINE_EVERY_S:
+            self._last_line = now
+            eta = duration((total - done) / rate) if rate > 0 else "unknown"
+            self.say(f"{done} / {total} images, {rate:.1f} img/s, failed {failed}, ETA {eta}, limit: {limit}")
+
+    def stop(self) -> None:
+        """End the bar."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def counts_table(counts: Sequence[Counts]) -> Table:
+    """Counts by model for the terminal."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("model", "version", "expected", "ok", "failed", "pending"):
+        table.add_column(column, justify="left" if column in ("model", "version") else "right")
+    for count in counts:
+        about = "about " if count.estimated else ""
+        table.add_row(
+            count.model,
+            count.model_version,
+            f"{about}{count.expected}",
+            str(count.ok),
+            str(count.failed),
+            f"{about}{count.pending}",
+        )
+    return table

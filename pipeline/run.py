@@ -1,0 +1,296 @@
+"""A labelling run's books on the driver: what is planned, left, committed, failed; never a sample, never Ray.
+
+The driver is the only one that commits. It keeps one bitmap per unit in work and model, and takes a window of rows only
+where none of its positions is there yet, so a task that runs twice cannot double a row.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import platform
+import subprocess
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyroaring import BitMap
+
+import pipeline
+from pipeline import units
+from pipeline.config import LabelConfig, redacted
+from pipeline.errors import FailureBudgetExceeded, SourceChangedError
+from pipeline.status import RUN_FILE, Counts, table_counts
+from pipeline.stages.work import STAGES, Window, WorkItem
+from pipeline.storage import join, open_fs, storage_errors
+from pipeline.table import FileRecord, PredictionTable
+from pipeline.units import UnitLog, row_to_unit
+
+__all__ = ["WORK", "LabelRun", "row_to_work"]
+
+log = logging.getLogger(__name__)
+
+BUDGET_ROWS = 1000
+# What travels to a worker: one row per unit. done: per model a serialized BitMap, null where nothing is done yet.
+# attempts: JSON, per model {position: tries so far}.
+WORK = pa.schema(
+    [*units.PLAN, ("index", pa.int64()), ("done", pa.list_(pa.large_binary())), ("attempts", pa.string())]
+)
+
+
+def row_to_work(row: Mapping[str, Any], models: int) -> WorkItem:
+    """One row of WORK as the worker's item."""
+    done = [BitMap.deserialize(data) for data in row["done"]] if row["done"] else [BitMap()] * models
+    attempts = json.loads(row["attempts"]) if row["attempts"] else [{}] * models
+    return WorkItem(
+        index=row["index"],
+        unit=row_to_unit(row),
+        done=tuple(done),
+        attempts=tuple({int(position): tries for position, tries in entry.items()} for entry in attempts),
+    )
+
+
+@dataclass
+class _UnitInWork:
+    """Positions of one unit that have rows, by model: committed before or taken in this run; and how many there are to
+    be, once its reader has seen its end."""
+
+    taken: dict[str, BitMap] = field(default_factory=dict)
+    rows: int | None = None
+
+
+class LabelRun:
+    """One run from its plan to its last commit. Not thread-safe: the driver's main thread owns it."""
+
+    def __init__(self, config: LabelConfig, plan: pa.Table, models: Sequence[Mapping[str, Any]]) -> None:
+        """plan: `units.plan_table` of the source. models: `LoadedModel.describe()` of each, in the config's order."""
+        self.config = config
+        self.models = list(models)
+        self.versions = {model["label"]: model["version"] for model in models}
+        self.run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+        self.started_at = datetime.now(UTC)
+        self.started = time.monotonic()
+        self.plan = plan
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.images = 0
+        self.rows = 0
+        self.failed = 0
+        self.commits = 0
+        self.orphans = 0
+        self.dropped = 0
+        self._attempts: Mapping[tuple[str, str], Mapping[int, int]] = {}
+        self._names = list(self.versions)
+        self._in_work: dict[int, _UnitInWork] = {}
+        self._finished_units = BitMap()
+        self._files: list[FileRecord] = []
+        self._finished: list[tuple[str, str, int | None, int | None]] = []
+
+    def begin(self) -> None:
+        """Take the table over, clean up what dead runs left, check the source against what was labelled before.
+
+        Raises StorageError, SchemaError, and SourceChangedError where units changed and `on_changed` says stop.
+        """
+        output = self.config.output
+        self.table = PredictionTable.open(output.uri, output.storage, create=True)
+        self.unit_log = UnitLog(output.uri, output.storage)
+        self.unit_log.create(self.table.take_over())
+        self.orphans = self.table.vacuum()
+        lines = self.unit_log.read()
+        self._check_changed(lines)
+        if self.config.retry == "failed":
+            self._reopen_failed()
+        lines = self.unit_log.read()
+        self.unit_log.append_plan(units.to_note(self.plan, lines), self.run_id)
+        self.write_run("running")
+
+    def _check_changed(self, lines: pa.Table) -> None:
+        """Units that were labelled from other content: stop, or forget their rows."""
+        changed = self.plan.filter(units.changed(self.plan, lines)).column("shard_id")
+        labelled = self.table.files().column("shard_id").drop_null().unique()
+        affected = changed.filter(pc.is_in(changed, value_set=labelled)).to_pylist()
+        # A slice of a listing that no longer exists: its images moved to other slices, which changed with it.
+        stale = self._vanished_slices(lines, labelled) if affected or self.config.on_changed == "relabel" else []
+        if not affected and not stale:
+            return
+        if self.config.on_changed == "stop":
+            shown = ", ".join(affected[:5]) + (f" and {len(affected) - 5} more" if len(affected) > 5 else "")
+            raise SourceChangedError(
+                f"{len(affected)} units changed after they were labelled: {shown}; "
+                "on_changed=relabel drops their rows and labels them again"
+            )
+        log.warning("relabelling %d changed units", len(affected) + len(stale))
+        self.table.delete_units([*affected, *stale])
+        reopened = [(shard_id, version, None, None) for shard_id in affected for version in self.versions.values()]
+        self.unit_log.append_finished(reopened, self.run_id)
+
+    def _vanished_slices(self, lines: pa.Table, labelled: pa.Array) -> list[str]:
+        if self.config.source.limit is not None:
+            return []
+        now = set(self.plan.column("shard_id").to_pylist())
+        bases = {shard_id.rpartition("#")[0] for shard_id in now if "#" in shard_id}
+        known = set(units.planned(lines).column("shard_id").to_pylist()) & set(labelled.to_pylist())
+        return sorted(s for s in known - now if "#" in s and s.rpartition("#")[0] in bases)
+
+    def _reopen_failed(self) -> None:
+        self._attempts = self.table.failed_attempts(self.versions)
+        reopened = [(shard_id, self.versions[model], None, None) for shard_id, model in self._attempts]
+        # First the note, then the deletion: a death in between leaves finished units that look open, which is safe.
+        self.unit_log.append_finished(reopened, self.run_id)
+        self.table.delete_failed(self.versions)
+
+    def pending(self) -> pa.Table:
+        """The units that some model has not finished, as WORK rows in plan order."""
+        lines = self.unit_log.read()
+        finished = {name: units.is_finished(self.plan, lines, version) for name, version in self.versions.items()}
+        every = functools.reduce(pc.and_, finished.values())
+        left = self.plan.append_column("index", pa.array(np.arange(len(self.plan)))).filter(pc.invert(every))
+        done, attempts = self._done_columns(left, finished, lines)
+        return left.append_column("done", done).append_column("attempts", attempts).cast(WORK)
+
+    def _done_columns(
+        self, left: pa.Table, finished: Mapping[str, pa.ChunkedArray], lines: pa.Table
+    ) -> tuple[pa.Array, pa.Array]:
+        """Bitmaps and attempts of the units in `left` that are partly done; null for all others."""
+        shard_ids = left.column("shard_id")
+        labelled = self.table.files().column("shard_id").drop_null().unique()
+        begun = shard_ids.filter(pc.is_in(shard_ids, value_set=labelled)).to_pylist()
+        committed = self.table.done(begun, self.versions)
+        index = left.column("index").to_pylist()
+        self._in_work = {}
+        done: list[list[bytes] | None] = [None] * len(left)
+        attempts: list[str | None] = [None] * len(left)
+        begun_set = set(begun)
+        rows_of = {
+            name: dict(zip(table.column("shard_id").to_pylist(), table.column("rows").to_pylist(), strict=True))
+            for name, table in ((n, units.finished(lines, v)) for n, v in self.versions.items())
+        } if begun else {}
+        for place, shard_id in enumerate(shard_ids.to_pylist()):
+            if shard_id not in begun_set:
+                continue
+            bitmaps = {}
+            for name in self._names:
+                bitmaps[name] = committed.get((shard_id, name), BitMap())
+                if finished[name][index[place]].as_py():
+                    bitmaps[name] = BitMap(range(rows_of[name][shard_id]))
+            self._in_work[index[place]] = _UnitInWork({name: BitMap(bitmap) for name, bitmap in bitmaps.items()})
+            done[place] = [bitmaps[name].serialize() for name in self._names]
+            tries = [dict(self._attempts.get((shard_id, name), {})) for name in self._names]
+            attempts[place] = json.dumps(tries) if any(tries) else None
+        return pa.array(done, WORK.field("done").type), pa.array(attempts, pa.string())
+
+    def take(self, window: Window) -> None:
+        """Book one window. One that came before (a task that Ray ran twice) is left out: its files are orphans."""
+        for stage, seconds in window.seconds.items():
+            self.seconds[stage] += seconds
+        if window.index in self._finished_units:
+            self.dropped += len(window.files)
+            return
+        unit = self._in_work.setdefault(window.index, _UnitInWork())
+        bitmaps = [(file, BitMap.deserialize(file.positions)) for file in window.files]
+        if any(not unit.taken.setdefault(file.model, BitMap()).isdisjoint(bitmap) for file, bitmap in bitmaps):
+            self.dropped += len(window.files)
+        else:
+            for file, bitmap in bitmaps:
+                unit.taken[file.model] |= bitmap
+                self.rows += file.rows
+                self.failed += file.failed
+                self._files.append(file)
+            self.images += window.images
+        if window.rows is not None:
+            unit.rows = window.rows
+        # Finished is what has been counted, not what was reported: windows may arrive in any order.
+        if unit.rows is not None and all(len(unit.taken.get(name, ())) == unit.rows for name in self._names):
+            self._finish_unit(window.index, unit.rows)
+
+    def _finish_unit(self, index: int, rows: int) -> None:
+        self._finished_units.add(index)
+        del self._in_work[index]
+        shard_id = self.plan.column("shard_id")[index].as_py()
+        stop = self.plan.column("stop")[index].as_py()
+        # A stop at or beyond the end was no stop.
+        whole = stop is None or rows < stop
+        self._finished += [(shard_id, version, rows, None if whole else stop) for version in self.versions.values()]
+
+    def commit(self) -> None:
+        """Make all booked windows part of the table. Raises StorageError, FailureBudgetExceeded."""
+        if self._files:
+            self.table.commit(self._files)
+            self.commits += 1
+            self._files = []
+        if self._finished:
+            self.unit_log.append_finished(self._finished, self.run_id)
+            self._finished = []
+        if self.rows >= BUDGET_ROWS:
+            self._check_budget(self.failed, self.rows, "in this run")
+
+    def _check_budget(self, failed: int, rows: int, where: str) -> None:
+        if rows and failed / rows > self.config.failure_budget:
+            raise FailureBudgetExceeded(
+                f"{failed} of {rows} rows failed {where}: {failed / rows:.2%}, failure_budget is "
+                f"{self.config.failure_budget:.2%}; what is committed stays, `maskmill status` lists the kinds"
+            )
+
+    def check_final_budget(self) -> None:
+        """The budget over all rows of these models in the table. Raises FailureBudgetExceeded."""
+        counts = self.counts()
+        self._check_budget(sum(c.failed for c in counts), sum(c.ok + c.failed for c in counts), "in the table")
+
+    def counts(self) -> list[Counts]:
+        """Rows by model, from the table's log."""
+        return table_counts(self.table, self.unit_log, self.versions)
+
+    @property
+    def done_in_work(self) -> int:
+        """Rows that earlier runs had committed for units that this run has not finished yet, all models together."""
+        return sum(len(bitmap) for unit in self._in_work.values() for bitmap in unit.taken.values())
+
+    def write_run(self, state: str, **more: Any) -> None:
+        """Write run.json (of the newest run) and _runs/RUN_ID.json (of each): who made which rows, from what, with what."""
+        fingerprints = "\n".join(self.plan.column("fingerprint").to_pylist())
+        run = {
+            "run_id": self.run_id,
+            "state": state,
+            "started_at": self.started_at.isoformat(timespec="seconds"),
+            "updated_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "job": "label",
+            "config": redacted(self.config),
+            "models": self.models,
+            "source": {
+                "units": len(self.plan),
+                "size_bytes": pc.sum(self.plan.column("size_bytes")).as_py() or 0,
+                "fingerprint": hashlib.blake2b(fingerprints.encode(), digest_size=8).hexdigest(),
+            },
+            "code": code_version(),
+            **more,
+        }
+        data = json.dumps(run, indent=1).encode()
+        output = self.config.output
+        fs, base = open_fs(output.uri, output.storage)
+        with storage_errors(join(output.uri, RUN_FILE)):
+            fs.makedirs(join(base, "_runs"), exist_ok=True)
+            fs.pipe_file(join(base, "_runs", f"{self.run_id}.json"), data)
+            fs.pipe_file(join(base, RUN_FILE), data)
+
+
+def code_version() -> dict[str, str]:
+    """maskmill's version and commit, and the versions of what computes the labels."""
+    versions = {name: metadata.version(name) for name in ("torch", "torchvision", "ray", "numpy", "pillow", "pyarrow")}
+    return {"maskmill": pipeline.__version__, "commit": _commit(), "python": platform.python_version(), **versions}
+
+
+def _commit() -> str:
+    folder = Path(pipeline.__file__).parent.parent
+    try:
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+

@@ -1,0 +1,107 @@
+"""A window of decoded samples as one Arrow cell, for the layout that decodes on other nodes than it predicts on."""
+
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipeline import errors
+from pipeline.errors import RowError
+from pipeline.models.spec import Frame, Preprocess
+from pipeline.sources.base import UnitEnd
+from pipeline.stages.decode import Decoded
+from pipeline.stages.predict import Prepared
+
+__all__ = ["pack_windows", "unpack_window"]
+
+ROWS = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("shard_id", pa.string()),
+        ("position", pa.int64()),
+        ("width", pa.int64()),
+        ("height", pa.int64()),
+        ("error_type", pa.string()),
+        ("error_message", pa.string()),
+        ("error_stage", pa.string()),
+        ("seconds", pa.list_(pa.float64())),
+        ("prepared", pa.list_(pa.large_binary())),
+        ("sizes", pa.list_(pa.list_(pa.int64()))),
+    ]
+)
+
+
+def pack_windows(stream: Iterable[Decoded | UnitEnd], rows_per_window: int) -> Iterator[tuple[bytes, int | None]]:
+    """Pack a decoded unit into (Arrow IPC bytes, None) per window of positions, then (b"", rows of the unit)."""
+    rows: int | None = None
+
+    def members() -> Iterator[Decoded]:
+        nonlocal rows
+        for element in stream:
+            if isinstance(element, UnitEnd):
+                rows = element.rows
+            else:
+                yield element
+
+    for _, window in groupby(members(), lambda decoded: decoded.position // rows_per_window):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, ROWS) as writer:
+            for decoded in window:
+                writer.write_batch(pa.RecordBatch.from_pylist([_row(decoded)], schema=ROWS))
+        yield sink.getvalue().to_pybytes(), None
+    yield b"", rows
+
+
+def _row(decoded: Decoded) -> dict[str, Any]:
+    return {
+        "image_id": decoded.image_id,
+        "shard_id": decoded.shard_id,
+        "position": decoded.position,
+        "width": decoded.width,
+        "height": decoded.height,
+        "error_type": type(decoded.error).__name__ if decoded.error else None,
+        "error_message": str(decoded.error) if decoded.error else None,
+        "error_stage": decoded.error_stage,
+        "seconds": [decoded.read_s, decoded.decode_s, decoded.prepare_s],
+        "prepared": [item and item.image_CHW.contiguous().numpy().tobytes() for item in decoded.prepared],
+        "sizes": [item and [item.frame.prepared_height, item.frame.prepared_width] for item in decoded.prepared],
+    }
+
+
+def unpack_window(data: bytes, preprocesses: tuple[Preprocess, ...]) -> Iterator[Decoded]:
+    """The inverse of one packed window."""
+    with pa.ipc.open_stream(data) as reader:
+        for batch in reader:
+            for row in batch.to_pylist():
+                yield _decoded(row, preprocesses)
+
+
+def _decoded(row: dict[str, Any], preprocesses: tuple[Preprocess, ...]) -> Decoded:
+    error: RowError | None = None
+    if row["error_type"]:
+        error = getattr(errors, row["error_type"])(row["error_message"])
+    prepared: list[Prepared | None] = []
+    for pixels, size, preprocess in zip(row["prepared"], row["sizes"], preprocesses, strict=False):
+        if pixels is None:
+            prepared.append(None)
+            continue
+        image_CHW = torch.from_numpy(np.frombuffer(pixels, np.uint8).reshape(3, *size).copy())
+        frame = Frame(row["height"], row["width"], *size)
+        prepared.append(Prepared(image_CHW, frame, preprocess.padded(*size)))
+    read_s, decode_s, prepare_s = row["seconds"]
+    return Decoded(
+        image_id=row["image_id"],
+        shard_id=row["shard_id"],
+        position=row["position"],
+        width=row["width"],
+        height=row["height"],
+        prepared=tuple(prepared),
+        error=error,
+        error_stage=row["error_stage"],
+        read_s=read_s,
+        decode_s=decode_s,
+        prepare_s=prepare_s,
+    )
