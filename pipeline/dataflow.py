@@ -5,6 +5,7 @@ descriptors and file names travel. `split`: CPU tasks on any node read and decod
 actors, for nodes whose accelerators outrun their own cores.
 """
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -62,6 +63,7 @@ WINDOWS = pa.schema(
                         ("rows", pa.int64()),
                         ("failed", pa.int64()),
                         ("positions", pa.large_binary()),
+                        ("stats", pa.string()),
                     ]
                 )
             ),
@@ -96,17 +98,31 @@ def connect(ray_address: str | None, object_store_bytes: int | None = None) -> N
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
-        if address and address != "local":
-            ray.init(address=address, **quiet)
-        else:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=object_store_bytes or LOCAL_OBJECT_STORE_BYTES,
-                **quiet,
-            )
+        with _stderr_closed():
+            if address and address != "local":
+                ray.init(address=address, **quiet)
+            else:
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    object_store_memory=object_store_bytes or LOCAL_OBJECT_STORE_BYTES,
+                    **quiet,
+                )
     except (RayError, ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(f"cannot join the Ray cluster at {address or 'this machine'}: {error}") from error
+
+
+@contextlib.contextmanager
+def _stderr_closed() -> Iterator[None]:
+    """Keep the C++ side's start-up lines off the terminal; what goes wrong is raised."""
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
 
 
 def plan_pool(resources: Resources) -> Pool:

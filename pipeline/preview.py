@@ -226,7 +226,8 @@ def _lay_out(
         left, upper = GAP + index % across * cell_width, top + index // across * cell_height
         for place, picture in enumerate(pictures):
             tile = Image.fromarray(picture)
-            tile.thumbnail((TILE, tile_height))
+            scale = min(TILE / tile.width, tile_height / tile.height)
+            tile = tile.resize((max(1, round(tile.width * scale)), max(1, round(tile.height * scale))))
             offset = ((TILE - tile.width) // 2, (tile_height - tile.height) // 2)
             sheet.paste(tile, (left + place * (TILE + 2) + offset[0], upper + offset[1]))
         draw.text((left, upper + tile_height + 3), _fit(caption, draw, small, cell_width - 2 * GAP), TEXT, small)

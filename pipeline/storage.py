@@ -17,19 +17,23 @@ from pipeline.errors import ConfigError, RunError, StorageError
 __all__ = [
     "Entry",
     "address",
+    "clean",
     "delta_options",
     "expand",
+    "is_http",
     "join",
     "list_entries",
     "list_folder",
     "open_fs",
     "read_bytes",
+    "read_file",
     "relative",
     "storage_errors",
 ]
 
 MAX_BRACE_EXPANSIONS = 2_000_000
 GLOB_CHARACTERS = "*?["
+READ_BYTES = 16 << 20
 LISTING_THREADS = 32
 # From here on one listing of the folder is cheaper than asking for each named object.
 NAMED_BEFORE_LISTING = 32
@@ -91,10 +95,14 @@ def address(fs: fsspec.AbstractFileSystem, path: str) -> str:
     return whole
 
 
+def clean(text: str) -> str:
+    """Text that any table can hold: what a file system or a file gave as text but is no UTF-8 is written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def relative(root: str, path: str) -> str:
-    """`path` below the folder `root`, as text that any table can hold: bytes that are no UTF-8 are written `\\xNN`."""
-    below = path.removeprefix(root).lstrip("/")
-    return below.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """`path` below the folder `root`, for ids; see `clean`."""
+    return clean(path.removeprefix(root).lstrip("/"))
 
 
 def join(root: str, *parts: str) -> str:
@@ -104,12 +112,20 @@ def join(root: str, *parts: str) -> str:
 
 def read_bytes(uri: str, options: Mapping[str, Any] | None = None, *, max_bytes: int) -> bytes:
     """A whole small file, bounded. Raises StorageError where it is missing, refused, or larger than `max_bytes`."""
-    fs, path = open_fs(uri, options)
-    with storage_errors(uri), fs.open(path, "rb") as file:
-        data: bytes = file.read(max_bytes + 1)
-    if len(data) > max_bytes:
-        raise StorageError(f"{uri} is larger than the {max_bytes} bytes allowed here")
-    return data
+    return read_file(*open_fs(uri, options), uri, max_bytes=max_bytes)
+
+
+def read_file(fs: fsspec.AbstractFileSystem, path: str, where: str, *, max_bytes: int) -> bytes:
+    """`read_bytes` on a file system that is already open."""
+    parts: list[bytes] = []
+    size = 0
+    with storage_errors(where), fs.open(path, "rb") as file:
+        while data := bytes(file.read(READ_BYTES)):  # a stream may give less than it is asked for
+            parts.append(data)
+            size += len(data)
+            if size > max_bytes:
+                raise StorageError(f"{where} is larger than the {max_bytes} bytes allowed here")
+    return b"".join(parts)
 
 
 def expand(uri: str) -> list[str]:
@@ -158,7 +174,7 @@ def list_entries(
             entries |= _entries(found, suffixes)
             roots.add(root)
         for path, info in _infos(fs, names):
-            if info["type"] == "directory" or (_is_http(fs) and _is_listing(fs, path, suffixes)):
+            if info["type"] == "directory" or (is_http(fs) and _is_listing(fs, path, suffixes)):
                 roots.add(path.rstrip("/"))
                 entries |= list_folder(fs, path, suffixes)
             else:
@@ -193,14 +209,14 @@ def _infos(fs: fsspec.AbstractFileSystem, paths: list[str]) -> Iterable[tuple[st
         folder = path.rpartition("/")[0]
         folders[folder] = folders.get(folder, 0) + 1
     for folder, count in folders.items():
-        if count >= NAMED_BEFORE_LISTING and not _is_http(fs):
+        if count >= NAMED_BEFORE_LISTING and not is_http(fs):
             with contextlib.suppress(FileNotFoundError, PermissionError):  # objects may be readable, but not listable
                 known |= {str(info["name"]): info for info in fs.ls(folder, detail=True)}
     with ThreadPoolExecutor(min(LISTING_THREADS, max(1, len(paths)))) as pool:
         yield from zip(paths, pool.map(lambda path: known.get(path) or fs.info(path), paths), strict=True)
 
 
-def _is_http(fs: fsspec.AbstractFileSystem) -> bool:
+def is_http(fs: fsspec.AbstractFileSystem) -> bool:
     return "http" in fs.protocol
 
 
@@ -210,7 +226,7 @@ def _is_listing(fs: fsspec.AbstractFileSystem, path: str, suffixes: tuple[str, .
 
 
 def _glob_characters(fs: fsspec.AbstractFileSystem) -> str:
-    return "*[" if _is_http(fs) else GLOB_CHARACTERS  # there, ? begins a query: signed addresses have one
+    return "*[" if is_http(fs) else GLOB_CHARACTERS  # there, ? begins a query: signed addresses have one
 
 
 def _common_folder(paths: list[str]) -> str:

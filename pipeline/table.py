@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
@@ -34,7 +35,10 @@ QUIET = PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=Fa
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """One Parquet file of the table: rows of one model, one version and one unit. `positions`: a serialized BitMap."""
+    """One Parquet file of the table: rows of one model, one version and one unit.
+
+    positions: a serialized BitMap. stats: Delta's statistics, JSON.
+    """
 
     path: str
     size_bytes: int
@@ -44,6 +48,7 @@ class FileRecord:
     rows: int
     failed: int
     positions: bytes
+    stats: str
 
 
 class delta_errors:  # noqa: N801  (used as a context manager, like contextlib's)
@@ -79,7 +84,7 @@ def write_file(
         fs.pipe_file(join(base, path), data.to_pybytes())
     failed = len(rows) - rows.column("error_type").null_count
     positions = BitMap(rows.column("position").to_numpy()).serialize()
-    return FileRecord(path, data.size, model, model_version, shard_id, len(rows), failed, positions)
+    return FileRecord(path, data.size, model, model_version, shard_id, len(rows), failed, positions, file_stats(rows))
 
 
 class PredictionTable:
@@ -269,15 +274,37 @@ class PredictionTable:
 
 
 def _add_action(file: FileRecord) -> AddAction:
-    positions = BitMap.deserialize(file.positions)
-    bounds = {"shard_id": file.shard_id, "model_version": file.model_version}
-    stats = {
-        "numRecords": file.rows,
-        "minValues": {**bounds, "position": positions.min()},
-        "maxValues": {**bounds, "position": positions.max()},
-        "nullCount": {"error_type": file.rows - file.failed, "shard_id": 0, "model_version": 0, "position": 0},
-    }
-    return AddAction(file.path, file.size_bytes, {MODEL: file.model}, int(time.time() * 1000), True, json.dumps(stats))
+    return AddAction(file.path, file.size_bytes, {MODEL: file.model}, int(time.time() * 1000), True, file.stats)
+
+
+def file_stats(rows: pa.Table) -> str:
+    """Delta's statistics of a file as JSON: rows, and minimum, maximum and nulls of every plain column and struct leaf.
+
+    All of them, because readers take a column without bounds in a file with bounds for a column without values.
+    """
+    low, high, nulls = _bounds(rows)
+    return json.dumps({"numRecords": len(rows), "minValues": low, "maxValues": high, "nullCount": nulls})
+
+
+def _bounds(rows: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    low: dict[str, Any] = {}
+    high: dict[str, Any] = {}
+    nulls: dict[str, Any] = {}
+    for field in rows.schema:
+        column = rows.column(field.name)
+        if pa.types.is_struct(field.type):
+            leaves = pa.table({leaf.name: pc.struct_field(column, leaf.name) for leaf in field.type})
+            low[field.name], high[field.name], nulls[field.name] = _bounds(leaves)
+        elif not pa.types.is_nested(field.type) and not pa.types.is_binary(field.type):
+            nulls[field.name] = column.null_count
+            if column.null_count < len(column):
+                bounds = pc.min_max(column)
+                low[field.name], high[field.name] = (_plain(bounds[name].as_py()) for name in ("min", "max"))
+    return low, high, nulls
+
+
+def _plain(value: Any) -> Any:
+    return value.strftime("%Y-%m-%dT%H:%M:%S.%fZ") if isinstance(value, datetime) else value
 
 
 def _delta_uri(uri: str) -> str:

@@ -27,9 +27,9 @@ TRAIN_START, EVAL_START, EVAL_COUNT = 1_000_000, 2_000_000, 200
 WIDTH, HEIGHT = 256, 192
 # Mostly the default size; the others so that the model also holds up where objects are larger or smaller.
 SIZES = ((256, 192),) * 6 + ((320, 240),) * 2 + ((192, 144), (128, 96))
-# Persons and signs cover 1 % of the pixels each; these weights keep them from being learned last. 2.5 gave too many
-# false ones.
-CLASS_WEIGHTS = (1.0, 1.0, 1.0, 1.0, 1.0, 1.2, 1.6, 1.6)
+# Persons and signs cover 1 % of the pixels each; these weights keep them from being learned last. Weights of 1.6 (and
+# 1.2 for cars) with twice the steps of half the batch reached mIoU 0.818 instead of 0.837.
+CLASS_WEIGHTS = (1.0, 1.0, 1.0, 1.0, 1.0, 1.5, 2.5, 2.5)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VOID = 255
 OUT = Path(__file__).resolve().parents[1] / "pipeline" / "checkpoints" / "unet_small_scenes"
@@ -79,9 +79,9 @@ def iou(confusion: np.ndarray) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
-    parser.add_argument("--steps", type=int, default=1280)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=5e-3, help="the peak of the one-cycle schedule")
+    parser.add_argument("--steps", type=int, default=640)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=6e-3, help="the peak of the one-cycle schedule")
     parser.add_argument("--out", type=Path, default=OUT, help="checkpoint folder")
     args = parser.parse_args()
 
@@ -110,7 +110,7 @@ def main() -> None:
         optimizer.step()
         schedule.step()
         running = loss.item() if step == 0 else 0.95 * running + 0.05 * loss.item()
-        if (step + 1) % 80 == 0:
+        if (step + 1) % 40 == 0:
             print(f"step {step + 1}/{args.steps}  loss {running:.3f}  {time.monotonic() - started:.0f} s", flush=True)
 
     confusion = evaluate(model, len(names), EVAL_COUNT)

@@ -48,7 +48,7 @@ MODELS: dict[str, ModelSpec] = {
             weights=("bundled:unet_small_scenes",),
         ),
         ModelSpec(
-            name="null",
+            name="null_model",
             task="semantic",
             build=Null,
             preprocess=Preprocess(pad_multiple=1),

@@ -5,9 +5,8 @@ images' annotations, so that workers never see the whole.
 """
 
 import json
-import re
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import fsspec
@@ -15,15 +14,16 @@ import fsspec
 from pipeline.config import CocoSource
 from pipeline.errors import ConfigError, RowError, StorageError, UnreadableError
 from pipeline.sources.base import Sample, Unit, UnitEnd
+from pipeline.sources.coco_json import read_coco
 from pipeline.sources.objects import Wanted, below, fingerprint, open_beside, pack, read_objects, unpack
-from pipeline.storage import Entry, address, list_folder, open_fs, relative, storage_errors
+from pipeline.storage import Entry, address, clean, is_http, list_folder, open_fs, read_file, storage_errors
 
 __all__ = ["Coco"]
 
 MAX_JSON_BYTES = 2_000_000_000
 # A slice ends early where its annotations are longer than this, so that a unit stays small.
 MAX_SLICE_CHARACTERS = 4_000_000
-SPACE = re.compile(r"[ \t\r\n]*")
+PANOPTIC: Mapping[str, type] = {"file_name": str, "segments_info": list}
 
 
 @dataclass(slots=True)
@@ -56,9 +56,8 @@ class Coco:
         fs, root = open_fs(config.uri, config.storage)
         images = self._images()
         listed = _listing(fs, root)
-        masks: dict[str, Entry] | None = None
-        if (folder := self._mask_folder()) is not None:
-            masks = _listing(*folder, required=False)
+        folder = self._mask_folder()
+        masks = _listing(*folder) if folder else None
         if listed is not None and not listed:
             raise StorageError(f"{config.uri} does not exist or holds no files")
         left = len(images) if config.limit is None else config.limit
@@ -115,18 +114,88 @@ class Coco:
         return open_beside(uri, config.uri, config.storage)
 
     def _images(self) -> dict[str, _Image]:
+        """What the files say about each image, by file name in sorted order."""
+        config = self.config
         images: dict[str, _Image] = {}
-        if self.config.instances is not None:
-            read = _read_json(self.config, self.config.instances, ("image_id",))
-            for name, coco_id, annotations in read:
-                images[name] = _Image(coco_id, '{"annotations": [' + ", ".join(text for text, _ in annotations) + "]}")
-        if self.config.panoptic is not None:
-            uri = self.config.panoptic
-            for name, coco_id, annotations in _read_json(self.config, uri, ("image_id", "file_name", "segments_info")):
+        for uri, needed in ((config.instances, {"category_id": int}), (config.panoptic, PANOPTIC)):
+            if uri is None:
+                continue
+            fs, path = open_beside(uri, config.uri, config.storage)
+            data = read_file(fs, path, uri, max_bytes=MAX_JSON_BYTES)
+            for name, coco_id, annotations in read_coco(data, uri, needed):
                 image = images.setdefault(name, _Image(coco_id))
-                if len(annotations) > 1:
+                if needed is not PANOPTIC:
+                    image.instances = '{"annotations": [' + ", ".join(annotations) + "]}"
+                elif len(annotations) > 1:
                     raise ConfigError(f"{uri}: expected one annotation for image {name!r}, got {len(annotations)}")
-                for _, annotation in annotations:
-                    image.mask = str(annotation["file_name"])
+                elif annotations:
+                    annotation = json.loads(annotations[0])
+                    image.mask = annotation["file_name"]
                     image.segments = json.dumps({"segments_info": annotation["segments_info"]})
+        if not images:
+            raise ConfigError(f"{config.instances or config.panoptic} names no images")
         return dict(sorted(images.items()))
+
+
+def _slices(images: Mapping[str, _Image], unit_images: int) -> Iterator[list[str]]:
+    """Names in slices of `unit_images`, fewer where the annotations are long. Depends on the JSON alone."""
+    names: list[str] = []
+    characters = 0
+    for name, image in images.items():
+        if names and (len(names) == unit_images or characters + image.characters > MAX_SLICE_CHARACTERS):
+            yield names
+            names, characters = [], 0
+        names.append(name)
+        characters += image.characters
+    yield names
+
+
+def _listing(fs: fsspec.AbstractFileSystem, root: str) -> dict[str, Entry] | None:
+    """The files below a folder, or None where listing is not for free or refused; the objects are asked one by one."""
+    if is_http(fs):
+        return None
+    with storage_errors(root):
+        fs.invalidate_cache()
+        try:
+            return list_folder(fs, root)
+        except PermissionError:
+            return None
+        except FileNotFoundError:
+            return {}
+
+
+def _find(listed: Mapping[str, Entry] | None, root: str, name: str) -> Entry | None:
+    path = below(root, name) if listed else None
+    return listed.get(path) if listed and path else None
+
+
+def _wanted(fs: fsspec.AbstractFileSystem, root: str, name: str, size_bytes: int | None) -> Wanted | None:
+    path = below(root, name)
+    return Wanted(fs, path, size_bytes) if path else None
+
+
+def _sample(
+    unit: Unit, position: int, row: list[Any], image: bytes | RowError | None, mask: bytes | RowError | None
+) -> Sample:
+    name, coco_id, instances, mask_name, segments = row[:5]
+    error = image if isinstance(image, RowError) else None
+    targets: dict[str, bytes] = {}
+    if image is None:
+        error = UnreadableError(f"the file name {name!r} leads out of the folder")
+    if instances is not None:
+        targets["instances"] = instances.encode()
+    if isinstance(mask, bytes):
+        targets |= {"panoptic": mask, "segments": segments.encode()}
+    elif isinstance(mask, RowError) and not isinstance(mask.__cause__, FileNotFoundError):
+        error = error or mask
+    elif mask is None and mask_name is not None:
+        error = error or UnreadableError(f"the panoptic file name {mask_name!r} leads out of the folder")
+    return Sample(
+        image_id=clean(name),
+        shard_id=unit.shard_id,
+        position=position,
+        image=image if error is None and isinstance(image, bytes) else b"",
+        targets={} if error else targets,
+        fields={"coco_id": coco_id},
+        error=error,
+    )

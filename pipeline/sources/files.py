@@ -14,7 +14,7 @@ from pipeline.config import FilesSource
 from pipeline.errors import ConfigError, RowError
 from pipeline.sources.base import Sample, Unit, UnitEnd
 from pipeline.sources.objects import Wanted, fingerprint, open_beside, pack, read_objects, unpack
-from pipeline.storage import Entry, address, list_entries, open_fs, relative
+from pipeline.storage import Entry, address, clean, list_entries, open_fs, relative
 
 __all__ = ["IMAGE_SUFFIXES", "Files"]
 
@@ -94,14 +94,12 @@ class Files:
                 elif isinstance(value, RowError) and not isinstance(value.__cause__, FileNotFoundError):
                     error = error or value
             yield Sample(
-                image_id=relative("", rows[position][0]),
+                image_id=clean(rows[position][0]),
                 shard_id=unit.shard_id,
                 position=position,
                 image=b"" if error or not isinstance(image, bytes) else image,
                 targets={} if error else values,
-                fields={
-                    name: relative("", captures[position][name]) for name in (pattern.groupindex if pattern else ())
-                },
+                fields={name: clean(captures[position][name]) for name in (pattern.groupindex if pattern else ())},
                 error=error,
             )
         yield UnitEnd(rows=len(rows))

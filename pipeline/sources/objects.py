@@ -14,7 +14,7 @@ from typing import Any
 import fsspec
 
 from pipeline.errors import ConfigError, ImageTooLargeError, RowError, StorageError, UnreadableError
-from pipeline.storage import open_fs, storage_errors
+from pipeline.storage import clean, open_fs, storage_errors
 
 __all__ = ["Wanted", "below", "fingerprint", "open_beside", "pack", "read_objects", "unpack"]
 
@@ -93,14 +93,14 @@ def _read(wanted: Wanted, max_bytes: int) -> bytes | RowError:
             return error
         except StorageError as error:
             if isinstance(error.__cause__, LASTING):
-                failed = UnreadableError(str(error))
+                failed = UnreadableError(clean(str(error)))
                 failed.__cause__ = error.__cause__
                 return failed
             fault = error
         except ValueError as error:  # a name that no file can have
             return UnreadableError(f"{wanted.path!r}: {error}")
         time.sleep(0.05 * 4**attempt)
-    return _FaultyError(f"{fault} (after {TRIES} attempts)")
+    return _FaultyError(clean(f"{fault} (after {TRIES} attempts)"))
 
 
 def _read_once(wanted: Wanted, max_bytes: int) -> bytes:
@@ -132,7 +132,9 @@ def _chunks(file: Any, max_bytes: int) -> Iterator[bytes]:
 
 def _check(wanted: Wanted, size: int, max_bytes: int) -> None:
     if size > max_bytes:
-        raise ImageTooLargeError(f"{wanted.path} has {size} bytes, at most {max_bytes} are read (source.max_bytes)")
+        raise ImageTooLargeError(
+            f"{clean(wanted.path)} has {size} bytes, at most {max_bytes} are read (source.max_bytes)"
+        )
 
 
 def below(folder: str, name: str) -> str | None:
