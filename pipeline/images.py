@@ -5,14 +5,25 @@ import warnings
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from pipeline.errors import CorruptImageError, ImageTooLargeError
 
 __all__ = ["DEFAULT_MAX_PIXELS", "FORMATS", "decode_image"]
 
 DEFAULT_MAX_PIXELS = 200_000_000
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "MPO")
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
+ORIENTATION_TAG = 0x0112
+TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+TILE_WIDTH_TAG, TILE_HEIGHT_TAG = 322, 323
 
 # Sizes are checked here against the config's own limit, before any pixel is allocated; Pillow's fixed one (which warns
 # at 89 and raises at 179 megapixels) would refuse images that a user has allowed.
@@ -34,11 +45,11 @@ def decode_image(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> npt.ND
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-            width, height = image.size
-            if width * height > max_pixels:
-                raise ImageTooLargeError(
-                    f"expected at most {max_pixels} pixels (source.max_pixels), got {width}x{height} = {width * height}"
-                )
+            _check_size(*image.size, "", max_pixels)
+            if image.format == "TIFF":
+                tags = image.tag_v2  # type: ignore[attr-defined]
+                # A tile is decoded whole, however little of it lies in the image.
+                _check_size(tags.get(TILE_WIDTH_TAG, 0), tags.get(TILE_HEIGHT_TAG, 0), " in a tile", max_pixels)
             if image.format == "PNG":
                 image.verify()
                 image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -53,17 +64,30 @@ def decode_image(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> npt.ND
         raise CorruptImageError(f"cannot be decoded: {type(error).__name__}: {error}") from error
 
 
+def _check_size(width: int, height: int, where: str, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise ImageTooLargeError(
+            f"expected at most {max_pixels} pixels{where} (source.max_pixels), got {width}x{height} = {width * height}"
+        )
+
+
 def _to_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
-    if image.mode.startswith("I;16") or image.mode == "I":
-        values_HW = np.asarray(ImageOps.exif_transpose(image))
-        if values_HW.size and (values_HW.min() < 0 or values_HW.max() > 65535):
-            raise CorruptImageError(f"expected 8- or 16-bit values, got {values_HW.min()} to {values_HW.max()}")
-        gray_HW = (values_HW.astype(np.uint16) >> 8).astype(np.uint8)
-        return np.ascontiguousarray(np.broadcast_to(gray_HW[..., None], (*gray_HW.shape, 3)))
-    if image.mode == "F":
-        raise CorruptImageError("expected 8- or 16-bit values, got 32-bit float pixels")
+    if image.mode in ("F", "I"):
+        kind = "float" if image.mode == "F" else "integer"
+        raise CorruptImageError(f"expected 8- or 16-bit values, got 32-bit {kind} pixels")
     image.load()
-    if image.mode != "RGB":
-        # Orientation first: converting may drop the EXIF block.
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    return np.asarray(ImageOps.exif_transpose(image))
+    # Orientation first: converting may drop the EXIF block.
+    upright = _upright(image)
+    if upright.mode.startswith("I;16"):
+        gray_HW = (np.asarray(upright).astype(np.uint16) >> 8).astype(np.uint8)
+        return np.ascontiguousarray(np.broadcast_to(gray_HW[..., None], (*gray_HW.shape, 3)))
+    return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """`ImageOps.exif_transpose` without its copies, and without failing on tags that it would only write back."""
+    try:
+        method = TRANSPOSE.get(image.getexif().get(ORIENTATION_TAG))
+    except Exception:  # noqa: BLE001  (the pixels of an image are whole, whatever its EXIF block holds)
+        return image
+    return image if method is None else image.transpose(method)

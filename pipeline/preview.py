@@ -1,6 +1,5 @@
 """A contact sheet: images beside their masks, so that a person sees at once whether the labels make sense."""
 
-import colorsys
 import json
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image, ImageDraw, ImageFont
+from pycocotools import mask as coco_mask
 
 from pipeline.config import SourceConfig
 from pipeline.errors import ConfigError, RowError
@@ -99,7 +99,7 @@ def overlay(
         label_HW = decode_label_map(row["semantic"]["data"], row["semantic"]["format"], width=width, height=height)
         return blend_labels(image_HWC, label_HW, taxonomy)
     if row.get("segments") is not None:
-        return _blend_segments(image_HWC, row["segments"])
+        return _blend_segments(image_HWC, row["segments"], taxonomy)
     if row.get("depth"):
         return _color_depth(decode_depth(row["depth"], width=width, height=height))
     return image_HWC
@@ -119,15 +119,22 @@ def blend_labels(
     return blended.astype(np.uint8)
 
 
-def _blend_segments(image_HWC: npt.NDArray[np.uint8], segments: Sequence[Mapping[str, Any]]) -> npt.NDArray[np.uint8]:
+def _blend_segments(
+    image_HWC: npt.NDArray[np.uint8], segments: Sequence[Mapping[str, Any]], taxonomy: Taxonomy
+) -> npt.NDArray[np.uint8]:
+    """Masks in their class's colour with a white outline; the first (best) lies on top."""
     height, width = image_HWC.shape[:2]
     blended = image_HWC.astype(np.float32)
-    # The best last, so that it lies on top.
-    for index, segment in reversed(list(enumerate(segments))):
+    for segment in reversed(segments):
         mask_HW = decode_rle(segment["rle"], width=width, height=height)
-        red, green, blue = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.75, 1.0)
-        color = np.array([red, green, blue], np.float32) * 255
+        color = taxonomy.palette[min(segment["category_id"], taxonomy.void_id)].astype(np.float32)
+        inner_HW = mask_HW.copy()
+        inner_HW[1:] &= mask_HW[:-1]
+        inner_HW[:-1] &= mask_HW[1:]
+        inner_HW[:, 1:] &= mask_HW[:, :-1]
+        inner_HW[:, :-1] &= mask_HW[:, 1:]
         blended[mask_HW] = blended[mask_HW] * (1 - MASK_ALPHA) + color * MASK_ALPHA
+        blended[mask_HW & ~inner_HW] = 255
     return blended.astype(np.uint8)
 
 
@@ -177,12 +184,24 @@ def _target(
             return blend_labels(image_HWC, label_HW, taxonomy)
         if row.get("segments") is not None and "instances" in sample.targets:
             annotations = json.loads(sample.targets["instances"])["annotations"]
-            rles = [a["segmentation"]["counts"] for a in annotations if isinstance(a["segmentation"], dict)]
-            if len(rles) == len(annotations) and all(isinstance(rle, str) for rle in rles):
-                return _blend_segments(image_HWC, [{"rle": rle} for rle in rles])
+            segments = [
+                {"category_id": a["category_id"], "rle": _to_rle(a["segmentation"], width, height)} for a in annotations
+            ]
+            return _blend_segments(image_HWC, segments, taxonomy)
     except (ValueError, KeyError, TypeError, OSError, RowError):
         return None
     return None
+
+
+def _to_rle(segmentation: Any, width: int, height: int) -> str:
+    """COCO's polygons, uncompressed or compressed runs as compressed runs."""
+    if isinstance(segmentation, list):
+        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        rle = coco_mask.frPyObjects(segmentation, height, width)
+    else:
+        return str(segmentation["counts"])
+    return str(rle["counts"].decode("ascii"))
 
 
 def _used_categories(rows: Sequence[Mapping[str, Any]], taxonomy: Taxonomy) -> list[int]:

@@ -171,7 +171,7 @@ def list_entries(
             found = fs.glob(path, detail=True)
             if not found and not fs.isdir(root):
                 raise FileNotFoundError(root)
-            entries |= _entries(found, suffixes)
+            entries |= _entries(fs, found, suffixes)
             roots.add(root)
         for path, info in _infos(fs, names):
             if info["type"] == "directory" or (is_http(fs) and _is_listing(fs, path, suffixes)):
@@ -190,15 +190,22 @@ def list_folder(fs: fsspec.AbstractFileSystem, path: str, suffixes: tuple[str, .
     root = path.rstrip("/")
     found = fs.find(path, detail=True)
     visible = {name: info for name, info in found.items() if "/." not in name[len(root) :]}
-    return _entries(visible, suffixes)
+    return _entries(fs, visible, suffixes)
 
 
-def _entries(infos: Mapping[str, Mapping[str, Any]], suffixes: tuple[str, ...]) -> dict[str, Entry]:
+def _entries(
+    fs: fsspec.AbstractFileSystem, infos: Mapping[str, Mapping[str, Any]], suffixes: tuple[str, ...]
+) -> dict[str, Entry]:
     return {
         path: _entry(path, info)
         for path, info in infos.items()
-        if info["type"] == "file" and path.partition("?")[0].lower().endswith(suffixes)
+        if info["type"] == "file" and _bare(fs, path).endswith(suffixes)
     }
+
+
+def _bare(fs: fsspec.AbstractFileSystem, path: str) -> str:
+    """The name in lower case, without the query that an HTTP address may have."""
+    return (path.partition("?")[0] if is_http(fs) else path).lower()
 
 
 def _infos(fs: fsspec.AbstractFileSystem, paths: list[str]) -> Iterable[tuple[str, Mapping[str, Any]]]:
@@ -222,7 +229,7 @@ def is_http(fs: fsspec.AbstractFileSystem) -> bool:
 
 def _is_listing(fs: fsspec.AbstractFileSystem, path: str, suffixes: tuple[str, ...]) -> bool:
     """Over HTTP every address is a file; one without a known suffix that links to addresses below it is a folder."""
-    return not path.partition("?")[0].lower().endswith(suffixes) and bool(fs.isdir(path))
+    return not _bare(fs, path).endswith(suffixes) and bool(fs.isdir(path))
 
 
 def _glob_characters(fs: fsspec.AbstractFileSystem) -> str:

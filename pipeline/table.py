@@ -6,6 +6,7 @@ driver on the same table makes the first one stop instead of doubling rows.
 """
 
 import json
+import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,11 +64,19 @@ class delta_errors:  # noqa: N801  (used as a context manager, like contextlib's
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None or isinstance(error, RunError):
             return
-        text = " ".join(str(error).split())
         if isinstance(error, CommitFailedError):
             raise StorageError(f"{self.where}: another run has taken over this table, so this one stops") from error
         if isinstance(error, DeltaError | OSError):
-            raise StorageError(f"{self.where}: {text[:400]}") from error
+            raise StorageError(f"{self.where}: {_tidy(str(error))}") from error
+
+
+def _tidy(text: str) -> str:
+    """The object store's words without terminal colours, and its XML answer down to code and message."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    code, message = (re.search(f"<{tag}>(.*?)</{tag}>", plain) for tag in ("Code", "Message"))
+    if code:
+        return f"{code[1]}: {message[1]}" if message else code[1]
+    return " ".join(plain.split())[:400]
 
 
 def write_file(

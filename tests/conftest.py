@@ -1,6 +1,7 @@
 """What several tests need: the shared data, and an S3 endpoint on this machine."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -37,7 +38,8 @@ class S3:
     log: Path
 
     def requests(self) -> list[str]:
-        return [line for line in self.log.read_text(errors="replace").splitlines() if " HTTP/1." in line]
+        text = re.sub(r"\x1b\[[0-9;]*m", "", self.log.read_text(errors="replace"))
+        return [line for line in text.splitlines() if " HTTP/1." in line]
 
     def bucket(self, name: str) -> str:
         self.client.create_bucket(Bucket=name)

@@ -24,7 +24,7 @@ LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryE
 UNKNOWN_SIZE = 1 << 20
 BYTES_IN_FLIGHT = 64 << 20
 TRIES = 3
-# After this many objects in a row it is the storage that fails, not the object.
+# After this many failures in a row it is the storage that fails, not the object.
 FAULTS_IN_A_ROW = 3
 MAX_PAYLOAD = 1 << 30
 
@@ -38,7 +38,7 @@ class Wanted:
     size_bytes: int | None = None
 
 
-class _FaultyError(RowError):
+class _FaultyError(UnreadableError):
     """An object that kept failing in a way that may pass."""
 
 
@@ -51,7 +51,8 @@ def read_objects(
     objects in a row fail in a way that may pass.
     """
     waiting: deque[tuple[list[Future[bytes | RowError] | None], int]] = deque()
-    in_flight = faults = 0
+    in_flight = 0
+    held: list[list[bytes | RowError | None]] = []  # faults wait for a later object to show that the storage is well
     source = iter(groups)
     group = next(source, None)
     with ThreadPoolExecutor(THREADS, "maskmill-read") as pool:
@@ -68,14 +69,14 @@ def read_objects(
                 futures, weight = waiting.popleft()
                 results = [None if future is None else future.result() for future in futures]
                 in_flight -= weight
-                for result in results:
-                    if isinstance(result, _FaultyError):
-                        faults += 1
-                        if faults >= FAULTS_IN_A_ROW:
-                            raise StorageError(str(result))
-                    elif result is not None:
-                        faults = 0
-                yield [UnreadableError(str(item)) if isinstance(item, _FaultyError) else item for item in results]
+                held.append(results)
+                fault = next((item for item in results if isinstance(item, _FaultyError)), None)
+                if fault is None:
+                    yield from held
+                    held.clear()
+                elif len(held) == FAULTS_IN_A_ROW:
+                    raise StorageError(str(fault))
+            yield from held
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -86,6 +87,8 @@ def _weight(wanted: Wanted) -> int:
 
 def _read(wanted: Wanted, max_bytes: int) -> bytes | RowError:
     for attempt in range(TRIES):
+        if attempt:
+            time.sleep(0.05 * 4**attempt)
         try:
             with storage_errors(wanted.path):
                 return _read_once(wanted, max_bytes)
@@ -99,7 +102,6 @@ def _read(wanted: Wanted, max_bytes: int) -> bytes | RowError:
             fault = error
         except ValueError as error:  # a name that no file can have
             return UnreadableError(f"{wanted.path!r}: {error}")
-        time.sleep(0.05 * 4**attempt)
     return _FaultyError(clean(f"{fault} (after {TRIES} attempts)"))
 
 

@@ -298,8 +298,11 @@ def _opened(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[pq.ParquetFile
     """A Parquet file whose errors are told apart: StorageError or _BrokenError."""
     file = _File(fs, path)
     try:
-        # pre_buffer would hold the whole row group.
-        with pq.ParquetFile(pa.PythonFile(file, mode="r"), buffer_size=BUFFER_BYTES, pre_buffer=False) as parquet:
+        source = pa.PythonFile(file, mode="r")
+        # pre_buffer would hold the whole row group. Checksums are checked where the writer left any.
+        with pq.ParquetFile(
+            source, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
+        ) as parquet:
             yield parquet
     except Exception as error:
         raise _meaning(file, error) from error
