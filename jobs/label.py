@@ -70,7 +70,7 @@ def label(config: LabelConfig) -> int:
             raise
         reporter.stop()
         run.table.vacuum()
-        run.write_run("done", counts=_plain(run), seconds=run.seconds)
+        run.write_run("done", counts=_plain(run), images=run.images, seconds=run.seconds, label_s=run.label_s)
     _summarise(config, run, reporter, pool)
     run.check_final_budget()
     return 0

@@ -26,9 +26,7 @@ def _show() -> int:
     for column in ("name", "task", "taxonomy", "weights", "licence", "paper"):
         table.add_column(column, overflow="fold")
     for spec in MODELS.values():
-        table.add_row(
-            spec.name, spec.task, spec.taxonomy, ", ".join(("none", *spec.weights)), spec.license, spec.paper
-        )
+        table.add_row(spec.name, spec.task, spec.taxonomy, ", ".join(("none", *spec.weights)), spec.license, spec.paper)
     console = Console()
     # Into a file or a pipe, nothing is folded.
     console.print(table, width=None if console.is_terminal else 240)

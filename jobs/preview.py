@@ -28,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="label of the model (default: the first)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other images")
     parser.add_argument("--config", help="the run's config, for the storage options that run.json does not keep")
-    parser.add_argument("overrides", nargs="*", help="source.storage.key=value, output.storage.key=value, source.uri=...")
+    parser.add_argument(
+        "overrides", nargs="*", help="source.storage.key=value, output.storage.key=value, source.uri=..."
+    )
     arguments = parser.parse_args(argv)
     return guarded(lambda: _preview(arguments))
 

@@ -5,6 +5,7 @@ A field is documented beside the field; `maskmill JOB --help` prints these texts
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
@@ -31,15 +32,17 @@ __all__ = [
     "load_overrides",
     "load_yaml",
     "redacted",
+    "source_from",
 ]
 
 MAX_YAML_BYTES = 1_000_000
 Auto = Literal["auto"]
+Count = Annotated[int, Field(ge=1)]
 Storage = dict[str, Any]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -157,18 +160,22 @@ class OutputConfig(Section):
 
 
 class Resources(Section):
-    workers: int | Auto = Field("auto", description="predicting actors; auto: one per GPU, else one per node")
-    gpus_per_worker: float | Auto = Field("auto", description="auto: 1 where the cluster has GPUs, else 0")
+    workers: Count | Auto = Field("auto", description="predicting actors; auto: one per GPU, else one per node")
+    gpus_per_worker: Annotated[float, Field(ge=0)] | Auto = Field(
+        "auto", description="auto: 1 where the cluster has GPUs, else 0"
+    )
     cpus_per_worker: float = Field(1.0, ge=0, description="logical CPUs that Ray reserves for one worker")
     memory_per_worker_bytes: int | None = Field(None, ge=1, description="heap that Ray reserves for one worker")
-    torch_threads: int | Auto = Field("auto", description="threads of the forward pass on CPU; auto: the node's cores")
-    decode_threads: int | Auto = Field("auto", description="decoding and encoding threads; auto: 2 to 8 by cores")
+    torch_threads: Count | Auto = Field(
+        "auto", description="threads of the forward pass on CPU; auto: the node's cores"
+    )
+    decode_threads: Count | Auto = Field("auto", description="decoding and encoding threads; auto: 2 to 8 by cores")
     calls_per_worker: int = Field(2, ge=1, le=8, description="units in work at once; while one predicts, others decode")
     layout: Literal["fused", "split"] = Field(
         "fused", description="fused: workers read and decode; split: CPU tasks on any node read and decode for them"
     )
-    readers: int | Auto = Field("auto", description="split layout: reading tasks at once")
-    batch_pixels: int | Auto = Field(
+    readers: Count | Auto = Field("auto", description="split layout: reading tasks at once")
+    batch_pixels: Count | Auto = Field(
         "auto",
         description="padded pixels in one batch; auto: 1e6 on CPU, by memory on a GPU; halves when out of memory",
     )
@@ -212,7 +219,8 @@ class PackConfig(Section):
 
 
 class _SafeLoader(yaml.SafeLoader):
-    """YAML without anchors and aliases: a file of a few lines must not unfold into gigabytes."""
+    """YAML without anchors and aliases (a file of a few lines must not unfold into gigabytes) and without keys that
+    stand twice in one mapping (the first would be lost)."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
@@ -220,13 +228,23 @@ class _SafeLoader(yaml.SafeLoader):
             raise yaml.YAMLError(f"anchors and aliases are not allowed (line {event.start_mark.line + 1})")
         return super().compose_node(parent, index)  # type: ignore[arg-type]
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"{key!r} stands twice in one mapping (line {node.start_mark.line + 1})")
+        return super().construct_mapping(node, deep)
+
 
 def load_yaml(text: str, where: str) -> Any:
     """One YAML document of plain values. Raises ConfigError that names `where`."""
     try:
         return yaml.load(text, Loader=_SafeLoader)  # noqa: S506  (a SafeLoader)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{where} is not readable YAML: {' '.join(str(error).split())}") from error
+    except Exception as error:  # what a tag does not fit raises as it likes: ValueError, KeyError, AttributeError
+        mark = getattr(error, "problem_mark", None)
+        # Not the whole text of a YAMLError, which quotes the line, and with it perhaps a secret.
+        problem = f"{error.problem} (line {mark.line + 1})" if mark else f"{error}"  # type: ignore[attr-defined]
+        raise ConfigError(f"{where} is not readable YAML: {' '.join(problem.split())}") from error
 
 
 def load_config(kind: type[SectionT], uri: str | None, overrides: Sequence[str] = ()) -> SectionT:
@@ -263,7 +281,7 @@ def _set(tree: Any, keys: list[str], value: Any, whole: str) -> None:
         last = depth == len(keys) - 1
         slot: Any = key
         if isinstance(tree, list):
-            if not key.isdecimal() or int(key) > len(tree):
+            if not key.isdecimal() or len(key) > 9 or int(key) > len(tree):
                 raise ConfigError(f"{whole}: expected an index from 0 to {len(tree)}, got {key!r}")
             slot = int(key)
             if slot == len(tree):
@@ -279,24 +297,42 @@ def _set(tree: Any, keys: list[str], value: Any, whole: str) -> None:
 
 
 def _message(kind: type[Section], error: ValidationError) -> str:
-    lines = []
+    lines: dict[str, list[str]] = {}
+    ends: dict[str, str] = {}
     for item in error.errors(include_url=False):
-        path = [str(part) for part in item["loc"]]
+        path = [str(part) for part in item["loc"] if part not in UNION_TAGS]
+        if item["type"] == "too_short" and item["input"]:
+            continue  # pydantic counts only the items that are right
         if item["type"] == "extra_forbidden":
             where, key = ".".join(_without_tags(path[:-1])), path[-1]
             close = difflib.get_close_matches(key, _fields_at(kind, path[:-1]), n=3, cutoff=0.5)
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            lines.append(f"unknown key {key!r} in {where or 'the config'}{hint}")
+            lines[f"unknown key {key!r} in {where or 'the config'}{hint}"] = []
         else:
-            got = "" if item["type"] in {"missing", "value_error"} else f", got {_short(item.get('input'))}"
+            where = ".".join(_without_tags(path)) or "config"
             text = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{'.'.join(_without_tags(path)) or 'config'}: {text[0].lower()}{text[1:]}{got}")
-    return "; ".join(lines)
+            lines.setdefault(where, []).append(f"{text[0].lower()}{text[1:]}")
+            secret = "storage" in path
+            got = type(item["input"]).__name__ if secret else _short(item["input"])
+            ends[where] = "" if item["type"] in {"missing", "value_error"} else f", got {got}"
+    return "; ".join(
+        f"{where}: {' or '.join(texts)}{ends[where]}" if texts else where for where, texts in lines.items()
+    )
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    """A value for a message. Of a mapping its keys: the values may be credentials."""
+    if isinstance(value, Mapping):
+        text = f"a mapping of {', '.join(map(str, value)) or 'nothing'}"
+    elif isinstance(value, list | tuple):
+        text = f"a list of {len(value)}"
+    else:
+        text = repr(value)
     return text if len(text) < 80 else text[:77] + "..."
+
+
+# What pydantic puts into the path of a union's error, one for each type that the value could have.
+UNION_TAGS = {"int", "float", "constrained-int", "constrained-float", "literal['auto']"}
 
 
 def _without_tags(path: list[str]) -> list[str]:
@@ -359,7 +395,8 @@ def describe(kind: type[Section], prefix: str = "") -> list[tuple[str, str, str]
 
 
 def redacted(config: Section) -> dict[str, Any]:
-    """The resolved config as plain values with every storage option's value hidden except addresses."""
+    """The resolved config as plain values with every storage option's value hidden except addresses, and the password
+    of an address too."""
 
     def walk(value: Any, key: str = "") -> Any:
         if key == "storage" and isinstance(value, Mapping):
@@ -368,7 +405,7 @@ def redacted(config: Section) -> dict[str, Any]:
             return {name: walk(item, name) for name, item in value.items()}
         if isinstance(value, list | tuple):
             return [walk(item) for item in value]
-        return value
+        return _without_password(value)
 
     result: dict[str, Any] = walk(config.model_dump(mode="json"))
     return result
@@ -377,7 +414,15 @@ def redacted(config: Section) -> dict[str, Any]:
 def _redact(name: str, option: Any) -> Any:
     if isinstance(option, Mapping):
         return {key: _redact(key, value) for key, value in option.items()}
-    return option if name in {"endpoint_url", "region_name", "anon", "use_ssl", "verify"} else "***"
+    return _without_password(option) if name in ADDRESSES else "***"
+
+
+ADDRESSES = {"endpoint_url", "region_name", "anon", "use_ssl", "verify"}
+
+
+def _without_password(value: Any) -> Any:
+    """https://user:password@host without the password; abfs://container@account has none."""
+    return re.sub(r"(://[^/@:]*:)[^/@]*@", r"\1***@", value) if isinstance(value, str) else value
 
 
 def source_from(tree: Mapping[str, Any]) -> "SourceConfig":

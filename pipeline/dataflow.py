@@ -70,6 +70,7 @@ WINDOWS = pa.schema(
         ),
         ("rows", pa.int64()),
         ("images", pa.int64()),
+        ("wall_s", pa.float64()),
         ("seconds", pa.map_(pa.string(), pa.float64())),
     ]
 )
@@ -313,6 +314,7 @@ def _from_window(window: Window) -> pa.Table:
         "files": [asdict(file) for file in window.files],
         "rows": window.rows,
         "images": window.images,
+        "wall_s": window.wall_s,
         "seconds": list(window.seconds.items()),
     }
     return pa.Table.from_pylist([row], schema=WINDOWS)
@@ -324,6 +326,7 @@ def _to_window(row: Mapping[str, Any]) -> Window:
         files=tuple(FileRecord(**file) for file in row["files"]),
         rows=row["rows"],
         images=row["images"],
+        wall_s=row["wall_s"],
         seconds=dict(row["seconds"]),
     )
 

@@ -1,4 +1,4 @@
-"""Bytes to image_HWC, safely: the header is checked before pixels are allocated, and nothing in the file is executed."""
+"""Bytes to image_HWC, safely: the header is checked before pixels are allocated, and nothing in a file is executed."""
 
 import io
 import warnings
@@ -28,6 +28,8 @@ TILE_WIDTH_TAG, TILE_HEIGHT_TAG = 322, 323
 # Sizes are checked here against the config's own limit, before any pixel is allocated; Pillow's fixed one (which warns
 # at 89 and raises at 179 megapixels) would refuse images that a user has allowed.
 Image.MAX_IMAGE_PIXELS = None
+# For the whole process, because `warnings.catch_warnings` does not work in several threads at once.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def decode_image(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> npt.NDArray[np.uint8]:
@@ -42,26 +44,27 @@ def decode_image(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> npt.ND
     if not data:
         raise CorruptImageError("expected an encoded image, got 0 bytes")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        _check_size(*image.size, "", max_pixels)
+        if image.format == "TIFF":
+            # A tile is decoded whole, however little of it lies in the image.
+            tags = image.tag_v2  # type: ignore[attr-defined]
+            width, height = tags.get(TILE_WIDTH_TAG, 0), tags.get(TILE_HEIGHT_TAG, 0)
+            if not isinstance(width, int) or not isinstance(height, int):
+                raise CorruptImageError(f"expected a TIFF with numbers as tile size, got {width!r:.40}, {height!r:.40}")
+            _check_size(width, height, " in a tile", max_pixels)
+        if image.format == "PNG":
+            image.verify()
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-            _check_size(*image.size, "", max_pixels)
-            if image.format == "TIFF":
-                tags = image.tag_v2  # type: ignore[attr-defined]
-                # A tile is decoded whole, however little of it lies in the image.
-                _check_size(tags.get(TILE_WIDTH_TAG, 0), tags.get(TILE_HEIGHT_TAG, 0), " in a tile", max_pixels)
-            if image.format == "PNG":
-                image.verify()
-                image = Image.open(io.BytesIO(data), formats=FORMATS)
-            return _to_rgb(image)
+        return _to_rgb(image)
     except (CorruptImageError, ImageTooLargeError):
         raise
     except UnidentifiedImageError as error:
-        raise CorruptImageError(f"not a JPEG, PNG, WebP, TIFF or BMP: starts with {data[:8]!r}") from error
+        raise CorruptImageError(f"not a readable JPEG, PNG, WebP, TIFF or BMP: starts with {data[:8]!r}") from error
     except MemoryError as error:
         raise ImageTooLargeError("out of memory while decoding") from error
     except Exception as error:
-        raise CorruptImageError(f"cannot be decoded: {type(error).__name__}: {error}") from error
+        raise CorruptImageError(f"cannot be decoded: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def _check_size(width: int, height: int, where: str, max_pixels: int) -> None:
@@ -87,7 +90,7 @@ def _to_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
 def _upright(image: Image.Image) -> Image.Image:
     """`ImageOps.exif_transpose` without its copies, and without failing on tags that it would only write back."""
     try:
-        method = TRANSPOSE.get(image.getexif().get(ORIENTATION_TAG))
+        method = TRANSPOSE.get(image.getexif().get(ORIENTATION_TAG, 1))
     except Exception:  # noqa: BLE001  (the pixels of an image are whole, whatever its EXIF block holds)
         return image
     return image if method is None else image.transpose(method)

@@ -90,9 +90,7 @@ def read_images(source_config: SourceConfig, rows: Sequence[Mapping[str, Any]]) 
             return
 
 
-def overlay(
-    image_HWC: npt.NDArray[np.uint8], row: Mapping[str, Any], taxonomy: Taxonomy
-) -> npt.NDArray[np.uint8]:
+def overlay(image_HWC: npt.NDArray[np.uint8], row: Mapping[str, Any], taxonomy: Taxonomy) -> npt.NDArray[np.uint8]:
     """The image under the row's label map, segments or depth: uint8 RGB of the same size."""
     height, width = image_HWC.shape[:2]
     if row.get("semantic"):
@@ -209,7 +207,9 @@ def _used_categories(rows: Sequence[Mapping[str, Any]], taxonomy: Taxonomy) -> l
     for row in rows:
         if row.get("semantic"):
             size = {"width": row["width"], "height": row["height"]}
-            used |= set(np.unique(decode_label_map(row["semantic"]["data"], row["semantic"]["format"], **size)).tolist())
+            used |= set(
+                np.unique(decode_label_map(row["semantic"]["data"], row["semantic"]["format"], **size)).tolist()
+            )
         if row.get("segments"):
             used |= {segment["category_id"] for segment in row["segments"]}
     return [identifier for identifier in taxonomy.ids if identifier in used]

@@ -41,9 +41,7 @@ log = logging.getLogger(__name__)
 BUDGET_ROWS = 1000
 # What travels to a worker: one row per unit. done: per model a serialized BitMap, null where nothing is done yet.
 # attempts: JSON, per model {position: tries so far}.
-WORK = pa.schema(
-    [*units.PLAN, ("index", pa.int64()), ("done", pa.list_(pa.large_binary())), ("attempts", pa.string())]
-)
+WORK = pa.schema([*units.PLAN, ("index", pa.int64()), ("done", pa.list_(pa.large_binary())), ("attempts", pa.string())])
 
 
 def row_to_work(row: Mapping[str, Any], models: int) -> WorkItem:
@@ -83,6 +81,8 @@ class LabelRun:
         self.images = 0
         self.rows = 0
         self.failed = 0
+        self.first_window: float | None = None
+        self.last_window = self.started
         self.commits = 0
         self.orphans = 0
         self.dropped = 0
@@ -168,10 +168,14 @@ class LabelRun:
         done: list[list[bytes] | None] = [None] * len(left)
         attempts: list[str | None] = [None] * len(left)
         begun_set = set(begun)
-        rows_of = {
-            name: dict(zip(table.column("shard_id").to_pylist(), table.column("rows").to_pylist(), strict=True))
-            for name, table in ((n, units.finished(lines, v)) for n, v in self.versions.items())
-        } if begun else {}
+        rows_of = (
+            {
+                name: dict(zip(table.column("shard_id").to_pylist(), table.column("rows").to_pylist(), strict=True))
+                for name, table in ((n, units.finished(lines, v)) for n, v in self.versions.items())
+            }
+            if begun
+            else {}
+        )
         for place, shard_id in enumerate(shard_ids.to_pylist()):
             if shard_id not in begun_set:
                 continue
@@ -188,6 +192,10 @@ class LabelRun:
 
     def take(self, window: Window) -> None:
         """Book one window. One that came before (a task that Ray ran twice) is left out: its files are orphans."""
+        if self.first_window is None and window.seconds:
+            # The first window was worked on before it came.
+            self.first_window = time.monotonic() - max(window.wall_s, 0.0)
+        self.last_window = time.monotonic()
         for stage, seconds in window.seconds.items():
             self.seconds[stage] += seconds
         if window.index in self._finished_units:
@@ -248,6 +256,11 @@ class LabelRun:
         return table_counts(self.table, self.unit_log, self.versions)
 
     @property
+    def label_s(self) -> float:
+        """Seconds from the start of the first window to the arrival of the last: the run without its start-up."""
+        return 0.0 if self.first_window is None else self.last_window - self.first_window
+
+    @property
     def done_in_work(self) -> int:
         """Rows that earlier runs had committed for units that this run has not finished yet, all models together."""
         return sum(len(bitmap) for unit in self._in_work.values() for bitmap in unit.taken.values())
@@ -293,4 +306,3 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-

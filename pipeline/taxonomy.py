@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
+from pipeline.config import load_yaml
 from pipeline.errors import ConfigError
 from pipeline.storage import read_bytes
 
@@ -97,11 +97,7 @@ def bundled_taxonomies() -> tuple[str, ...]:
 
 def parse_taxonomy(text: str, where: str) -> Taxonomy:
     """Build a taxonomy from YAML: `name`, `source`, `categories: [{id, name, kind, color}]`."""
-    try:
-        tree = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{where} is not readable YAML: {' '.join(str(error).split())}") from error
-    return build_taxonomy(tree, where)
+    return build_taxonomy(load_yaml(text, where), where)
 
 
 def build_taxonomy(tree: Any, where: str) -> Taxonomy:
@@ -112,7 +108,7 @@ def build_taxonomy(tree: Any, where: str) -> Taxonomy:
             for item in tree["categories"]
         )
         taxonomy = Taxonomy(str(tree["name"]), str(tree["source"]), categories)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{where} holds no taxonomy: {type(error).__name__}: {error}") from error
     ids = taxonomy.ids
     if not ids or len(set(ids)) != len(ids) or min(ids) < 0 or max(ids) >= 65535:

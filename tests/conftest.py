@@ -14,6 +14,7 @@ from typing import Any
 import boto3
 import pytest
 from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -77,7 +78,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
             try:
                 client.list_buckets()
                 break
-            except Exception:
+            except (BotoCoreError, ClientError):
                 time.sleep(0.1)
         else:
             pytest.fail("moto server did not answer")

@@ -20,7 +20,15 @@ def listed(uri: Any, suffixes: tuple[str, ...] = (".tar",), **options: Any) -> l
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    for name in ("train/0.tar", "train/1.tar", "val/0.tar", "val/deep/2.TAR", "val/notes.txt", ".cache/x.tar", "val/._0.tar"):
+    for name in (
+        "train/0.tar",
+        "train/1.tar",
+        "val/0.tar",
+        "val/deep/2.TAR",
+        "val/notes.txt",
+        ".cache/x.tar",
+        "val/._0.tar",
+    ):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(name.encode())
@@ -151,7 +159,12 @@ def test_s3(s3: Any) -> None:
     s3.client.put_object(Bucket=bucket, Key="t/2.tar", Body=b"new")
     assert listed(f"s3://{bucket}/t", **s3.options) == ["0.tar", "1.tar", "2.tar"]
     assert storage.read_bytes(f"s3://{bucket}/t/0.tar", s3.options, max_bytes=7) == b"t/0.tar"
-    for missing in (f"s3://{bucket}/none", f"s3://{bucket}/t/{{0..3}}.tar", "s3://no-such-bucket/x", "s3://no-such-bucket/*.tar"):
+    for missing in (
+        f"s3://{bucket}/none",
+        f"s3://{bucket}/t/{{0..3}}.tar",
+        "s3://no-such-bucket/x",
+        "s3://no-such-bucket/*.tar",
+    ):
         with pytest.raises(StorageError):
             listed(missing, **s3.options)
     wrong = {**s3.options, "endpoint_url": "http://127.0.0.1:9", "config_kwargs": {"retries": {"max_attempts": 0}}}

@@ -24,6 +24,7 @@ LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryE
 UNKNOWN_SIZE = 1 << 20
 BYTES_IN_FLIGHT = 64 << 20
 TRIES = 3
+RETRY_AFTER_S = 0.05
 # After this many failures in a row it is the storage that fails, not the object.
 FAULTS_IN_A_ROW = 3
 MAX_PAYLOAD = 1 << 30
@@ -88,7 +89,7 @@ def _weight(wanted: Wanted) -> int:
 def _read(wanted: Wanted, max_bytes: int) -> bytes | RowError:
     for attempt in range(TRIES):
         if attempt:
-            time.sleep(0.05 * 4**attempt)
+            time.sleep(RETRY_AFTER_S * attempt)
         try:
             with storage_errors(wanted.path):
                 return _read_once(wanted, max_bytes)

@@ -45,6 +45,7 @@ class _Open:
         self.item = item
         self.rows: list[list[Future[dict[str, Any]]]] = [[] for _ in range(models)]
         self.images = 0
+        self.started = time.perf_counter()
         self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
         self._lock = threading.Lock()
 
@@ -234,7 +235,13 @@ class Labeller:
                 )
             )
             opened.spent("write", time.perf_counter() - started)
-        return Window(index=opened.item.index, files=tuple(files), images=opened.images, seconds=dict(opened.seconds))
+        return Window(
+            index=opened.item.index,
+            files=tuple(files),
+            images=opened.images,
+            wall_s=time.perf_counter() - opened.started,
+            seconds=dict(opened.seconds),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,11 +40,12 @@ class WorkItem:
 class Window:
     """What one window of a unit came to: its files (all committed together), and the unit's rows once it is finished.
 
-    seconds: thread seconds by stage. images: samples in it.
+    seconds: thread seconds by stage. wall_s: from its first sample to its files. images: samples in it.
     """
 
     index: int
     files: tuple[FileRecord, ...] = ()
     rows: int | None = None
     images: int = 0
+    wall_s: float = 0.0
     seconds: Mapping[str, float] = field(default_factory=dict)

@@ -197,6 +197,7 @@ def test_s3(s3: Any, tree: Path) -> None:
     assert there == here
 
 
+@pytest.mark.shared
 def test_real_coco128(shared_data: Path) -> None:
     root = shared_data / "coco128"
     source = coco(root, instances=root / "instances.json", panoptic=root / "panoptic.json", unit_images=50)

@@ -9,14 +9,31 @@ import pytest
 from source_faults import FlakyFileSystem
 from source_helpers import http_server, read, read_all, write_tree
 
+from pipeline import config
 from pipeline.config import FilesSource
 from pipeline.errors import ConfigError, ImageTooLargeError, UnreadableError
 from pipeline.sources.base import UnitEnd
 from pipeline.sources.files import Files
+from pipeline.sources.registry import SOURCES, open_source
 
 
 def files(uri: Any, **options: Any) -> Files:
     return Files(FilesSource(format="files", uri=str(uri), **options))
+
+
+def test_the_registry_knows_every_format() -> None:
+    assert set(SOURCES) == set(config.SOURCES)
+    sections = [
+        config.WebdatasetSource(format="webdataset", uri="x"),
+        config.ParquetSource(format="parquet", uri="x"),
+        FilesSource(format="files", uri="x"),
+        config.CocoSource(format="coco", uri="x", instances="y"),
+        config.ScenesSource(format="scenes"),
+    ]
+    for section in sections:
+        source = open_source(section)
+        assert pickle.loads(pickle.dumps(source)) == source
+        assert len(pickle.dumps(source)) < 3000
 
 
 def test_slices_of_the_sorted_listing(tmp_path: Path) -> None:
@@ -117,7 +134,9 @@ LAYOUTS: list[tuple[str, dict[str, bytes], str, dict[str, Any], list[Any]]] = [
 
 
 @pytest.mark.parametrize(("tree", "uri", "options", "expected"), [c[1:] for c in LAYOUTS], ids=[c[0] for c in LAYOUTS])
-def test_layouts(tmp_path: Path, tree: dict[str, bytes], uri: str, options: dict[str, Any], expected: list[Any]) -> None:
+def test_layouts(
+    tmp_path: Path, tree: dict[str, bytes], uri: str, options: dict[str, Any], expected: list[Any]
+) -> None:
     write_tree(tmp_path, tree)
     samples = read_all(files(tmp_path / uri, **options))
     assert [(s.image_id, s.image, dict(s.targets), dict(s.fields)) for s in samples] == expected
@@ -145,7 +164,10 @@ def test_absolute_and_repeated_templates(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"targets": {"semantic": "{split}/x.png"}}, r"captures \{split\}; known captures: dir, ext, stem"),
-        ({"images": "{id}.jpg", "targets": {"depth": "{di}.png"}}, r"captures \{di\}; known captures: dir, ext, id, stem"),
+        (
+            {"images": "{id}.jpg", "targets": {"depth": "{di}.png"}},
+            r"captures \{di\}; known captures: dir, ext, id, stem",
+        ),
         ({"targets": {"masks": "{stem}"}}, "unknown kind 'masks'; known: semantic"),
         ({"targets": {"semantic": "{stem"}}, "unbalanced brace"),
         ({"images": "{id.jpg"}, "unbalanced brace"),
@@ -229,7 +251,9 @@ def test_memory_is_bounded_and_objects_are_read_together(s3: Any) -> None:
     source = files(f"s3://{bucket}/img", storage=s3.options, targets={"semantic": "../ann/{stem}.png"})
     before = len(s3.requests())
     (unit,) = source.plan()
-    assert not [line for line in s3.requests()[before:] if "img/" in line and "list-type" not in line and "HEAD" not in line]
+    assert not [
+        line for line in s3.requests()[before:] if "img/" in line and "list-type" not in line and "HEAD" not in line
+    ]
     samples, _ = read(source, unit)
     assert [s.image for s in samples] == [b"%d" % n * 1000 for n in range(40)] + [b""]
     assert all(s.error is None for s in samples)
@@ -246,6 +270,7 @@ def test_http_folder(tmp_path: Path, ranges: bool) -> None:
     assert [dict(s.targets) for s in samples] == [{}, {}, {}, {"semantic": b"t"}, {}]
 
 
+@pytest.mark.shared
 def test_real_camvid(shared_data: Path) -> None:
     root = shared_data / "camvid"
     samples = read_all(files(root / "val", targets={"semantic": "../valannot/{stem}.png"}, unit_images=40))
@@ -256,6 +281,7 @@ def test_real_camvid(shared_data: Path) -> None:
         assert sample.targets["semantic"] == (root / "valannot" / sample.image_id).read_bytes()
 
 
+@pytest.mark.shared
 def test_real_coco128_and_rgbd(shared_data: Path) -> None:
     samples = read_all(files(shared_data / "coco128" / "images"))
     assert len(samples) == len({s.image_id for s in samples}) == 128

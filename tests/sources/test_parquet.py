@@ -93,7 +93,9 @@ STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 def test_structs_with_paths_stay_in_the_source(tmp_path: Path) -> None:
     root = tmp_path / "root"
-    write_tree(tmp_path, {"root/t/img/1[a].jpg": b"one", "root/o/2.jpg": b"two", "secret.jpg": b"s", "rootx/3.jpg": b"x"})
+    write_tree(
+        tmp_path, {"root/t/img/1[a].jpg": b"one", "root/o/2.jpg": b"two", "secret.jpg": b"s", "rootx/3.jpg": b"x"}
+    )
     rows = [
         {"bytes": b"0", "path": "/etc/passwd"},
         {"bytes": None, "path": "img/1[a].jpg"},
@@ -137,7 +139,11 @@ def test_a_value_over_the_limit(tmp_path: Path) -> None:
         ({}, {"img": [b"x"], "n": [1]}, "no column 'image'; its columns are img, n"),
         ({"id_column": "key"}, {"image": [b"x"]}, "no column 'key'"),
         ({"field_columns": ("city",)}, {"image": [b"x"]}, "no column 'city'"),
-        ({"target_columns": {"semantic": "mask"}}, {"image": [b"x"], "mask": [1]}, "target column 'mask' must be binary"),
+        (
+            {"target_columns": {"semantic": "mask"}},
+            {"image": [b"x"], "mask": [1]},
+            "target column 'mask' must be binary",
+        ),
         ({}, {"image": ["text"]}, "must be binary or struct<bytes, path>, got string"),
         ({}, {"image": [{"x": 1}]}, "must be binary or struct"),
         ({"id_column": "key"}, {"image": [b"x"], "key": [1.5]}, "must be string or integer, got double"),
@@ -158,7 +164,9 @@ def test_a_later_file_that_differs(tmp_path: Path) -> None:
         parquet(tmp_path, target_columns={"masks": "x"})
 
 
-@pytest.mark.parametrize(("limit", "expected"), [(2, [2]), (3, [3]), (4, [3, 1]), (8, [3, 3, 1, 1]), (99, [3, 3, 1, 2])])
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(2, [2]), (3, [3]), (4, [3, 1]), (8, [3, 3, 1, 1]), (99, [3, 3, 1, 2])]
+)
 def test_limit(tmp_path: Path, limit: int, expected: list[int]) -> None:
     write(tmp_path / "a.parquet", {"image": images(7)})
     write(tmp_path / "b.parquet", {"image": images(2, 7)})
@@ -196,7 +204,7 @@ def test_broken_pages_fail_the_rows_that_are_left(tmp_path: Path, options: dict[
     (unit,) = source.plan()
     data = bytearray((tmp_path / "a.parquet").read_bytes())
     middle = len(data) // 2
-    data[middle : middle + 64] = b"\xee" * 64
+    data[middle : middle + 6000] = b"\xee" * 6000  # beyond one page: without checksums only its header shows damage
     (tmp_path / "a.parquet").write_bytes(bytes(data))
     samples, end = read(source, unit)
     assert [s.position for s in samples] == list(range(64))
@@ -227,7 +235,14 @@ def test_passing_faults(tmp_path: Path) -> None:
 
 def test_a_row_group_is_never_whole_in_memory(tmp_path: Path) -> None:
     values = [bytes([n]) * 1_000_000 for n in range(100)]
-    write(tmp_path / "a.parquet", {"image": values}, rows=100, compression="none", use_dictionary=False, write_batch_size=1)
+    write(
+        tmp_path / "a.parquet",
+        {"image": values},
+        rows=100,
+        compression="none",
+        use_dictionary=False,
+        write_batch_size=1,
+    )
     source = parquet(tmp_path)
     (unit,) = source.plan()
     before = pa.total_allocated_bytes()

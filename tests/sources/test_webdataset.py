@@ -396,7 +396,9 @@ def test_http(tmp_path: Path, ranges: bool) -> None:
 def test_s3_streams_in_parts(s3: Any) -> None:
     bucket = s3.bucket("wds-stream")
     images = [random.Random(n).randbytes(1_000_000) for n in range(24)]
-    s3.client.put_object(Bucket=bucket, Key="t/s-000.tar", Body=tar_bytes([(f"{n}.jpg", d) for n, d in enumerate(images)]))
+    s3.client.put_object(
+        Bucket=bucket, Key="t/s-000.tar", Body=tar_bytes([(f"{n}.jpg", d) for n, d in enumerate(images)])
+    )
     source = webdataset(f"s3://{bucket}/t/s-{{000..000}}.tar", storage=s3.options)
     (unit,) = source.plan()
     assert unit.location == f"s3://{bucket}/t/s-000.tar"
@@ -420,7 +422,9 @@ def test_s3_streams_in_parts(s3: Any) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from(["jpg", "png", "json", "seg.png", "txt"]))))
-def test_every_run_of_a_key_is_one_sample(tmp_path_factory: pytest.TempPathFactory, names: list[tuple[str, str]]) -> None:
+def test_every_run_of_a_key_is_one_sample(
+    tmp_path_factory: pytest.TempPathFactory, names: list[tuple[str, str]]
+) -> None:
     data = tar_bytes([(f"{key}.{ext}", f"{i}".encode()) for i, (key, ext) in enumerate(names)])
     samples, end = samples_of(tmp_path_factory.mktemp("h"), data)
     runs: list[str] = []
@@ -433,6 +437,7 @@ def test_every_run_of_a_key_is_one_sample(tmp_path_factory: pytest.TempPathFacto
         assert isinstance(sample.error, CorruptImageError) or runs[position] not in runs[:position]
 
 
+@pytest.mark.shared
 def test_real_images(shared_data: Path, tmp_path: Path) -> None:
     files = sorted((shared_data / "coco128" / "images").iterdir())[:20]
     (tmp_path / "a.tar.gz").write_bytes(tar_bytes([(f.name, f.read_bytes()) for f in files], mode="w:gz"))

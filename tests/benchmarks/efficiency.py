@@ -1,0 +1,112 @@
+"""How close labelling comes to its limit: end to end over the same model on ready tensors, in one run.
+
+    python tests/benchmarks/efficiency.py --model deeplabv3_mobilenet_v3_large --shards 6 --images 24
+
+The limit is the bare forward pass over batches of the same shape, on tensors that are already normalised, in a process
+of its own with the same number of threads. End to end counts from the first window's start to the last commit: reading
+tars, decoding JPEG, resizing, predicting, upsampling to the image's size, argmax, PNG, Parquet, Delta. Both alternate,
+and medians are compared.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def limit(model: str, batch: int, height: int, width: int, seconds: float, threads: int) -> float:
+    """Images per second of the forward pass alone."""
+    import torch
+
+    from pipeline.config import ModelConfig
+    from pipeline.models.load import load_model
+
+    torch.set_num_threads(threads)
+    loaded = load_model(ModelConfig(name=model), seed=0, tile_pixels=1 << 22)
+    size = loaded.preprocess.padded(*loaded.preprocess.size(height, width))
+    image_BCHW = torch.randn(batch, 3, *size)
+    with torch.inference_mode():
+        for _ in range(2):
+            loaded.module(image_BCHW)
+        started, images = time.perf_counter(), 0
+        while time.perf_counter() - started < seconds:
+            loaded.module(image_BCHW)
+            images += batch
+        return images / (time.perf_counter() - started)
+
+
+def end_to_end(model: str, shards: Path, pixels: int, layout: str) -> dict[str, float]:
+    """Images per second of `maskmill label`, start-up left out, and where its threads' time went."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "labels"
+        command = [
+            sys.executable,
+            "-m",
+            "jobs.label",
+            "source.format=webdataset",
+            f"source.uri={shards}",
+            f"models.0.name={model}",
+            f"output.uri={output}",
+            f"resources.batch_pixels={pixels}",
+            f"resources.layout={layout}",
+        ]
+        subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+        run = json.loads((output / "run.json").read_text())
+    return {"images_per_s": run["images"] / run["label_s"], **{k: v for k, v in run["seconds"].items()}}
+
+
+def main() -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="deeplabv3_mobilenet_v3_large")
+    parser.add_argument("--shards", type=int, default=6)
+    parser.add_argument("--images", type=int, default=24, help="per shard")
+    parser.add_argument("--size", default="640x480")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--layout", default="fused")
+    parser.add_argument("--folder", default=str(Path(tempfile.gettempdir()) / "maskmill-benchmark"))
+    arguments = parser.parse_args()
+    from corpus import jpeg_shards
+
+    width, height = map(int, arguments.size.split("x"))
+    shards = jpeg_shards(
+        Path(arguments.folder) / f"jpeg-{arguments.size}-{arguments.shards}x{arguments.images}",
+        shards=arguments.shards,
+        images=arguments.images,
+        width=width,
+        height=height,
+    )
+    from pipeline.models.registry import find_model
+
+    preprocess = find_model(arguments.model).preprocess
+    padded = preprocess.padded(*preprocess.size(height, width))
+    threads = len(os.sched_getaffinity(0))
+    limits, ends = [], []
+    for _ in range(arguments.rounds):
+        code = f"from efficiency import limit; print(limit({arguments.model!r}, {arguments.batch}, {height}, {width}, 15, {threads}))"
+        environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{Path(__file__).parent}"}
+        printed = subprocess.run(
+            [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
+        )
+        limits.append(float(printed.stdout))
+        ends.append(end_to_end(arguments.model, shards, arguments.batch * padded[0] * padded[1], arguments.layout))
+        print(f"limit {limits[-1]:.2f} img/s, end to end {ends[-1]['images_per_s']:.2f} img/s", flush=True)
+    ratio = statistics.median(e["images_per_s"] for e in ends) / statistics.median(limits)
+    stages = {k: statistics.median(e[k] for e in ends) for k in ends[0] if k != "images_per_s"}
+    total = sum(stages.values())
+    shares = ", ".join(f"{stage} {value / total:.1%}" for stage, value in stages.items())
+    print(f"{arguments.model} on {arguments.size}, {threads} threads: {ratio:.3f} of the limit; thread time: {shares}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
