@@ -223,16 +223,17 @@ class _SafeLoader(yaml.SafeLoader):
     stand twice in one mapping (the first would be lost)."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        event: Any = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise yaml.YAMLError(f"anchors and aliases are not allowed (line {event.start_mark.line + 1})")
         return super().compose_node(parent, index)  # type: ignore[arg-type]
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"{key!r} stands twice in one mapping (line {node.start_mark.line + 1})")
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.YAMLError(f"{key.value!r} stands twice in one mapping (line {key.start_mark.line + 1})")
+            seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
 
@@ -241,9 +242,10 @@ def load_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_SafeLoader)  # noqa: S506  (a SafeLoader)
     except Exception as error:  # what a tag does not fit raises as it likes: ValueError, KeyError, AttributeError
-        mark = getattr(error, "problem_mark", None)
-        # Not the whole text of a YAMLError, which quotes the line, and with it perhaps a secret.
-        problem = f"{error.problem} (line {mark.line + 1})" if mark else f"{error}"  # type: ignore[attr-defined]
+        problem = str(error)
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+            # Not its whole text, which quotes the line, and with it perhaps a secret.
+            problem = f"{error.problem} (line {error.problem_mark.line + 1})"
         raise ConfigError(f"{where} is not readable YAML: {' '.join(problem.split())}") from error
 
 
@@ -272,8 +274,16 @@ def load_overrides(overrides: Sequence[str], tree: Any = None) -> Any:
         key, separator, value = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"expected dotted.key=value, got {override!r}")
-        _set(tree, key.split("."), load_yaml(value, key), key)
+        _set(tree, key.split("."), _override_value(value, key), key)
     return tree
+
+
+def _override_value(text: str, key: str) -> Any:
+    """An override's value: YAML where it reads as YAML, else the text itself ({id}_labels.png, *.jpg)."""
+    try:
+        return load_yaml(text, key)
+    except ConfigError:
+        return text
 
 
 def _set(tree: Any, keys: list[str], value: Any, whole: str) -> None:
@@ -285,13 +295,13 @@ def _set(tree: Any, keys: list[str], value: Any, whole: str) -> None:
                 raise ConfigError(f"{whole}: expected an index from 0 to {len(tree)}, got {key!r}")
             slot = int(key)
             if slot == len(tree):
-                tree.append({})
+                tree.append(None)
         elif not isinstance(tree, dict):
             raise ConfigError(f"{whole}: {'.'.join(keys[:depth])} is a {type(tree).__name__}, it has no field {key!r}")
         if last:
             tree[slot] = value
             return
-        if isinstance(tree, dict) and tree.get(slot) is None:
+        if (tree.get(slot) if isinstance(tree, dict) else tree[slot]) is None:
             tree[slot] = [] if keys[depth + 1].isdecimal() else {}
         tree = tree[slot]
 

@@ -39,9 +39,11 @@ log = logging.getLogger(__name__)
 
 LOCAL_OBJECT_STORE_BYTES = 1_000_000_000
 SPLIT_WINDOW_ROWS = 64
-# glibc gives large blocks back to the kernel at every free by default; decoding then spends half its time in page
-# faults (measured: 3.5 -> 1.9 ms of CPU per 640x480 JPEG).
+# glibc gives large blocks back to the kernel at every free, and threads' own arenas hold nothing above 64 MB, so
+# decoders and CPU models spend half their time in page faults. One arena that keeps what it has: 1.6 times the forward
+# passes of unet_small in a thread, half the CPU of decoding a JPEG (docs/decisions/0003-malloc.md).
 MALLOC = {
+    "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
     "MALLOC_TOP_PAD_": "67108864",

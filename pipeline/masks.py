@@ -1,4 +1,4 @@
-"""Codecs of what the table stores: label maps, masks as COCO RLE, panoptic ids and depth, each with its exact inverse."""
+"""Codecs of what the table stores: label maps, masks as COCO RLE, panoptic ids and depth, each with its inverse."""
 
 import io
 from collections.abc import Mapping
@@ -30,6 +30,11 @@ MapFormat = Literal["png", "zstd"]
 DepthCode = Mapping[str, Any]
 DEPTH_INVALID = 0
 DEPTH_LEVELS = 65535
+PANOPTIC_IDS = 2**24
+
+# Sizes are checked here against what the caller expects; Pillow's fixed limit (an error at 179 megapixels) would refuse
+# label maps of images that `source.max_pixels` has allowed.
+Image.MAX_IMAGE_PIXELS = None
 
 
 def encode_label_map(label_HW: npt.NDArray[np.unsignedinteger[Any]], form: MapFormat = "png") -> bytes:
@@ -42,7 +47,7 @@ def encode_label_map(label_HW: npt.NDArray[np.unsignedinteger[Any]], form: MapFo
 def decode_label_map(data: bytes, form: MapFormat, *, width: int, height: int) -> npt.NDArray[Any]:
     """The inverse of `encode_label_map`: label_HW, uint8 or uint16. Raises SchemaError where size or format differ."""
     if form == "png":
-        return _decode_png(data, width, height)
+        return _decode_gray_png(data, width, height)
     pixels = width * height
     raw = _unzstd(data, 2 * pixels)
     if len(raw) not in (pixels, 2 * pixels):
@@ -60,12 +65,22 @@ def _encode_plane(plane_HW: npt.NDArray[Any], form: MapFormat) -> bytes:
 
 
 def _decode_png(data: bytes, width: int, height: int) -> npt.NDArray[Any]:
-    image = Image.open(io.BytesIO(data), formats=("PNG",))
-    if image.size != (width, height):
-        raise SchemaError(f"expected a PNG of {width}x{height}, got {image.size[0]}x{image.size[1]}")
-    values_HW = np.asarray(image)
+    """The values of a PNG as they are, (height, width) or (height, width, channels). Raises SchemaError."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=("PNG",))
+        if image.size != (width, height):
+            raise SchemaError(f"expected a PNG of {width}x{height}, got {image.size[0]}x{image.size[1]}")
+        return np.asarray(image)
+    except SchemaError:
+        raise
+    except Exception as error:
+        raise SchemaError(f"expected a PNG of {width}x{height}, got: {' '.join(str(error).split())}") from error
+
+
+def _decode_gray_png(data: bytes, width: int, height: int) -> npt.NDArray[Any]:
+    values_HW = _decode_png(data, width, height)
     if values_HW.ndim != 2:
-        raise SchemaError(f"expected a PNG of one channel, got mode {image.mode}")
+        raise SchemaError(f"expected a PNG of one channel, got {values_HW.shape[2]}")
     return values_HW.astype(np.uint16) if values_HW.dtype != np.uint8 else values_HW
 
 
@@ -85,8 +100,30 @@ def encode_rle(mask_HW: npt.NDArray[Any]) -> str:
 
 
 def decode_rle(counts: str, *, width: int, height: int) -> npt.NDArray[np.bool_]:
-    """The inverse of `encode_rle`: mask_HW."""
+    """The inverse of `encode_rle`: mask_HW. Raises SchemaError where the runs do not fill the mask exactly."""
+    runs = _rle_runs(counts)
+    if (runs < 0).any() or runs.sum() != width * height:
+        raise SchemaError(f"expected run lengths of {width}x{height} pixels, got {runs.sum()} ({counts[:40]!r})")
     return np.asarray(coco_mask.decode({"size": [height, width], "counts": counts.encode("ascii")})).astype(bool)
+
+
+def _rle_runs(counts: str) -> npt.NDArray[np.int64]:
+    """The run lengths of a compressed RLE (maskApi.c, rleFrString). pycocotools checks only that they are not too long,
+    and leaves what they do not reach uninitialised."""
+    codes = np.frombuffer(counts.encode("latin-1", "replace"), np.uint8).astype(np.int64) - 48
+    last = np.flatnonzero((codes & 32) == 0)
+    if ((codes < 0) | (codes > 63)).any() or not len(last) or last[-1] != len(codes) - 1:
+        raise SchemaError(f"expected run lengths as COCO compresses them, got {counts[:40]!r}")
+    first = np.concatenate([[0], last[:-1] + 1])
+    digits = last - first + 1
+    if digits.max() > 7:
+        raise SchemaError(f"expected run lengths below 2**32, got {counts[:40]!r}")
+    shift = 5 * (np.arange(len(codes)) - np.repeat(first, digits))
+    runs: npt.NDArray[np.int64] = np.add.reduceat((codes & 31) << shift, first)
+    runs -= np.where(codes[last] & 16, np.int64(1) << (5 * digits), 0)
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    return runs
 
 
 def rle_area(counts: str, *, width: int, height: int) -> int:
@@ -101,7 +138,12 @@ def rle_bbox(counts: str, *, width: int, height: int) -> tuple[float, float, flo
 
 
 def encode_panoptic_png(segment_HW: npt.NDArray[np.integer[Any]]) -> bytes:
-    """Segment ids (0 = void, below 2**24) as COCO's panoptic PNG: id = R + 256 G + 65536 B."""
+    """Segment ids (0 = void, below 2**24) as COCO's panoptic PNG: id = R + 256 G + 65536 B.
+
+    Raises SchemaError for other ids.
+    """
+    if segment_HW.size and (segment_HW.min() < 0 or segment_HW.max() >= PANOPTIC_IDS):
+        raise SchemaError(f"expected ids from 0 to {PANOPTIC_IDS - 1}, got {segment_HW.min()} to {segment_HW.max()}")
     ids_HW = segment_HW.astype(np.uint32)
     channels = np.stack([ids_HW & 255, (ids_HW >> 8) & 255, ids_HW >> 16], axis=-1)
     buffer = io.BytesIO()
@@ -109,9 +151,12 @@ def encode_panoptic_png(segment_HW: npt.NDArray[np.integer[Any]]) -> bytes:
     return buffer.getvalue()
 
 
-def decode_panoptic_png(data: bytes) -> npt.NDArray[np.int32]:
-    """The inverse of `encode_panoptic_png`: segment_HW int32."""
-    channels = np.asarray(Image.open(io.BytesIO(data), formats=("PNG",)).convert("RGB")).astype(np.int32)
+def decode_panoptic_png(data: bytes, *, width: int, height: int) -> npt.NDArray[np.int32]:
+    """The inverse of `encode_panoptic_png`: segment_HW int32. Raises SchemaError where size or format differ."""
+    values_HWC = _decode_png(data, width, height)
+    if values_HWC.ndim != 3 or values_HWC.shape[2] not in (3, 4):
+        raise SchemaError(f"expected a PNG of red, green and blue, got an array of {values_HWC.shape}")
+    channels = values_HWC.astype(np.int32)
     return np.asarray(channels[..., 0] + 256 * channels[..., 1] + 65536 * channels[..., 2], np.int32)
 
 
@@ -123,7 +168,8 @@ def encode_depth(depth_HW: npt.NDArray[np.floating[Any]], kind: str, form: MapFo
     """
     valid_HW = np.isfinite(depth_HW)
     low, high = (float(depth_HW[valid_HW].min()), float(depth_HW[valid_HW].max())) if valid_HW.any() else (0.0, 0.0)
-    scale = (high - low) / (DEPTH_LEVELS - 1) or 1.0
+    # A constant map is exact: its one code stands for |low|, and the offset for what is left of it.
+    scale = (high - low) / (DEPTH_LEVELS - 1) or abs(low) or 1.0
     codes_HW = np.zeros(depth_HW.shape, np.uint16)
     codes_HW[valid_HW] = np.rint((depth_HW[valid_HW].astype(np.float64) - low) / scale).astype(np.uint16) + 1
     data = _encode_plane(codes_HW if form == "png" else _to_planes(codes_HW), form)
@@ -133,7 +179,7 @@ def encode_depth(depth_HW: npt.NDArray[np.floating[Any]], kind: str, form: MapFo
 def decode_depth(depth: DepthCode, *, width: int, height: int) -> npt.NDArray[np.float32]:
     """The inverse of `encode_depth` to within its rounding: depth_HW float32, NaN where invalid."""
     if depth["format"] == "png":
-        codes_HW = _decode_png(depth["data"], width, height)
+        codes_HW = _decode_gray_png(depth["data"], width, height)
     else:
         raw = _unzstd(depth["data"], width * height * 2)
         if len(raw) != width * height * 2:

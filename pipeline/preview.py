@@ -1,5 +1,6 @@
 """A contact sheet: images beside their masks, so that a person sees at once whether the labels make sense."""
 
+import hashlib
 import json
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
 
 from pipeline.config import SourceConfig
-from pipeline.errors import ConfigError, RowError
+from pipeline.errors import ConfigError, RowError, SchemaError
 from pipeline.images import decode_image
 from pipeline.masks import decode_depth, decode_label_map, decode_rle
 from pipeline.schema import OK
@@ -36,21 +37,30 @@ COLUMNS = ["image_id", "shard_id", "position", "width", "height", "semantic", "s
 
 
 def pick_rows(table: PredictionTable, model: str, version: str, count: int, seed: int) -> list[dict[str, Any]]:
-    """`count` labelled rows of one model, spread over the shards, the same for the same seed."""
+    """`count` labelled rows of one model, spread over the shards: the same for the same seed and rows, whatever files
+    they stand in."""
     wanted = (pc.field("model") == model) & (pc.field("model_version") == version) & (pc.field("status") == OK)
-    rng = np.random.default_rng(seed)
-    # A reservoir over keys alone: the table may have a billion rows, the sheet has sixteen.
-    keys: list[tuple[str, int]] = []
-    seen = 0
-    for batch in table.scan(["shard_id", "position"], wanted):
-        for shard_id, position in zip(batch["shard_id"].to_pylist(), batch["position"].to_pylist(), strict=True):
-            seen += 1
-            if len(keys) < count:
-                keys.append((shard_id, position))
-            elif (place := int(rng.integers(seen))) < count:
-                keys[place] = (shard_id, position)
+
+    def rank(*key: object) -> bytes:
+        return hashlib.blake2b(repr((seed, *key)).encode(), digest_size=8).digest()
+
+    # Of a billion rows in a million shards only the keys of as many shards are read as it takes.
+    shards = sorted(table.shards().to_pylist(), key=rank)
+    positions: dict[str, list[int]] = {}
+    for start in range(0, len(shards), count):
+        own = wanted & pc.field("shard_id").isin(pa.array(shards[start : start + count], pa.string()))
+        for batch in table.scan(["shard_id", "position"], own):
+            for shard_id, position in zip(batch["shard_id"].to_pylist(), batch["position"].to_pylist(), strict=True):
+                positions.setdefault(shard_id, []).append(position)
+        if sum(map(len, positions.values())) >= count:
+            break
+    turns = [
+        (turn, rank(shard_id), shard_id, position)
+        for shard_id, found in positions.items()
+        for turn, position in enumerate(sorted(found, key=lambda position: rank(shard_id, position))[:count])
+    ]
+    chosen = {(shard_id, position) for _, _, shard_id, position in sorted(turns)[:count]}
     rows: list[dict[str, Any]] = []
-    chosen = set(keys)
     if not chosen:
         return rows
     narrowed = (
@@ -99,7 +109,8 @@ def overlay(image_HWC: npt.NDArray[np.uint8], row: Mapping[str, Any], taxonomy: 
     if row.get("segments") is not None:
         return _blend_segments(image_HWC, row["segments"], taxonomy)
     if row.get("depth"):
-        return _color_depth(decode_depth(row["depth"], width=width, height=height))
+        depth_HW = decode_depth(row["depth"], width=width, height=height)
+        return _color_depth(-depth_HW if row["depth"]["kind"] == "inverse_relative" else depth_HW)
     return image_HWC
 
 
@@ -137,6 +148,7 @@ def _blend_segments(
 
 
 def _color_depth(depth_HW: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """Depth by colour, near is bright; black where it is not finite."""
     valid_HW = np.isfinite(depth_HW)
     colors_HWC = np.zeros((*depth_HW.shape, 3), np.uint8)
     if valid_HW.any():
@@ -161,9 +173,9 @@ def contact_sheet(
         row = rows[index]
         try:
             image_HWC = decode_image(sample.image, max_pixels=source_config.max_pixels)
-        except RowError:
+            pictures = [image_HWC, overlay(image_HWC, row, taxonomy)]
+        except (RowError, SchemaError):  # the source is no longer what was labelled
             continue
-        pictures = [image_HWC, overlay(image_HWC, row, taxonomy)]
         target = _target(image_HWC, sample, row, taxonomy)
         panels.append((str(row["image_id"]), [*pictures, target] if target is not None else pictures))
     if not panels:
@@ -186,7 +198,10 @@ def _target(
                 {"category_id": a["category_id"], "rle": _to_rle(a["segmentation"], width, height)} for a in annotations
             ]
             return _blend_segments(image_HWC, segments, taxonomy)
-    except (ValueError, KeyError, TypeError, OSError, RowError):
+        if row.get("depth") and "depth" in sample.targets:
+            codes_HW = decode_label_map(sample.targets["depth"], "png", width=width, height=height)
+            return _color_depth(np.where(codes_HW == 0, np.nan, codes_HW).astype(np.float32))
+    except (ValueError, KeyError, TypeError, OSError, SchemaError):
         return None
     return None
 

@@ -25,13 +25,15 @@ def stage_shares(seconds: Mapping[str, float]) -> dict[str, float]:
 def limiting_stage(seconds: Mapping[str, float], *, wall_s: float, workers: int, threads: int, calls: int) -> str:
     """The stage whose threads are closest to busy all the time: what more of would make the run faster."""
     lanes = {"read": calls, "decode": threads, "prepare": threads, "encode": threads, "predict": 1, "write": calls}
-    # Decode, prepare and encode share one pool of threads.
     busy = dict(seconds)
+    if wall_s <= 0 or not any(busy.values()):
+        return "start-up"
+    # Decode, prepare and encode share one pool of threads.
     shared = sum(busy.get(stage, 0.0) for stage in ("decode", "prepare", "encode"))
     load = {stage: busy.get(stage, 0.0) / (wall_s * workers * lanes[stage]) for stage in ("read", "predict", "write")}
     largest = max(("decode", "prepare", "encode"), key=lambda stage: busy.get(stage, 0.0))
     load[largest] = shared / (wall_s * workers * threads)
-    return max(load, key=lambda stage: load[stage]) if wall_s > 0 and any(load.values()) else "start-up"
+    return max(load, key=lambda stage: load[stage])
 
 
 class Reporter:
@@ -52,7 +54,8 @@ class Reporter:
             self.console.print(text, markup=False)
 
     def start(self, total: int, done: int) -> None:
-        """Begin the bar: `total` images, `done` of them by earlier runs."""
+        """Begin the bar, anew where there is one: `total` images, `done` of them by earlier runs."""
+        self.stop()
         self._history = [(time.monotonic(), done)]
         self._last_line = time.monotonic()
         if self._live:
@@ -84,6 +87,7 @@ class Reporter:
             )
         elif not self._quiet and now - self._last_line >= LINE_EVERY_S:
             self._last_line = now
+            total = max(total, done)  # it may be an estimate
             eta = duration((total - done) / rate) if rate > 0 else "unknown"
             self.say(f"{done} / {total} images, {rate:.1f} img/s, failed {failed}, ETA {eta}, limit: {limit}")
 

@@ -28,8 +28,8 @@ import pipeline
 from pipeline import units
 from pipeline.config import LabelConfig, redacted
 from pipeline.errors import FailureBudgetExceeded, SourceChangedError
-from pipeline.status import RUN_FILE, Counts, table_counts
 from pipeline.stages.work import STAGES, Window, WorkItem
+from pipeline.status import RUN_FILE, Counts, table_counts
 from pipeline.storage import join, open_fs, storage_errors
 from pipeline.table import FileRecord, PredictionTable
 from pipeline.units import UnitLog, row_to_unit
@@ -58,11 +58,19 @@ def row_to_work(row: Mapping[str, Any], models: int) -> WorkItem:
 
 @dataclass
 class _UnitInWork:
-    """Positions of one unit that have rows, by model: committed before or taken in this run; and how many there are to
-    be, once its reader has seen its end."""
+    """One unit as its windows come.
+
+    taken: positions that have rows, by model, committed before or taken in this run. finished: the models that had
+    finished it before. rows: how many there are to be, once its reader has seen its end.
+    """
 
     taken: dict[str, BitMap] = field(default_factory=dict)
+    finished: frozenset[str] = frozenset()
     rows: int | None = None
+
+    def is_complete(self, model: str) -> bool:
+        # An earlier run may have gone beyond this one's limit.
+        return self.rows is not None and self.taken.get(model, BitMap()).range_cardinality(0, self.rows) == self.rows
 
 
 class LabelRun:
@@ -114,29 +122,32 @@ class LabelRun:
     def _check_changed(self, lines: pa.Table) -> None:
         """Units that were labelled from other content: stop, or forget their rows."""
         changed = self.plan.filter(units.changed(self.plan, lines)).column("shard_id")
-        labelled = self.table.files().column("shard_id").drop_null().unique()
+        labelled = self.table.shards()
         affected = changed.filter(pc.is_in(changed, value_set=labelled)).to_pylist()
         # A slice of a listing that no longer exists: its images moved to other slices, which changed with it.
-        stale = self._vanished_slices(lines, labelled) if affected or self.config.on_changed == "relabel" else []
-        if not affected and not stale:
-            return
-        if self.config.on_changed == "stop":
+        stale = self._vanished_slices(lines) if self.config.on_changed == "relabel" else []
+        if affected and self.config.on_changed == "stop":
             shown = ", ".join(affected[:5]) + (f" and {len(affected) - 5} more" if len(affected) > 5 else "")
             raise SourceChangedError(
                 f"{len(affected)} units changed after they were labelled: {shown}; "
                 "on_changed=relabel drops their rows and labels them again"
             )
-        log.warning("relabelling %d changed units", len(affected) + len(stale))
-        self.table.delete_units([*affected, *stale])
-        reopened = [(shard_id, version, None, None) for shard_id in affected for version in self.versions.values()]
-        self.unit_log.append_finished(reopened, self.run_id)
+        # First the note, then the deletion: a death in between leaves rows that are looked at again. Of every model,
+        # because rows of every model are dropped; of units without rows too, which may have been empty before.
+        if len(changed) or stale:
+            reopened = units.finished_of(lines, [*changed.to_pylist(), *stale])
+            self.unit_log.append_finished([(*key, None, None) for key in reopened], self.run_id)
+        if affected or stale:
+            log.warning("relabelling %d changed units", len(affected) + len(stale))
+            self.table.delete_units([*affected, *stale])
+            self.unit_log.append_forgotten(stale, self.run_id)
 
-    def _vanished_slices(self, lines: pa.Table, labelled: pa.Array) -> list[str]:
+    def _vanished_slices(self, lines: pa.Table) -> list[str]:
         if self.config.source.limit is not None:
             return []
         now = set(self.plan.column("shard_id").to_pylist())
         bases = {shard_id.rpartition("#")[0] for shard_id in now if "#" in shard_id}
-        known = set(units.planned(lines).column("shard_id").to_pylist()) & set(labelled.to_pylist())
+        known = set(units.planned(lines).column("shard_id").to_pylist())
         return sorted(s for s in known - now if "#" in s and s.rpartition("#")[0] in bases)
 
     def _reopen_failed(self) -> None:
@@ -160,7 +171,7 @@ class LabelRun:
     ) -> tuple[pa.Array, pa.Array]:
         """Bitmaps and attempts of the units in `left` that are partly done; null for all others."""
         shard_ids = left.column("shard_id")
-        labelled = self.table.files().column("shard_id").drop_null().unique()
+        labelled = self.table.shards()
         begun = shard_ids.filter(pc.is_in(shard_ids, value_set=labelled)).to_pylist()
         committed = self.table.done(begun, self.versions)
         index = left.column("index").to_pylist()
@@ -168,6 +179,8 @@ class LabelRun:
         done: list[list[bytes] | None] = [None] * len(left)
         attempts: list[str | None] = [None] * len(left)
         begun_set = set(begun)
+        # A unit of which every row failed has no row left, but has been tried.
+        retried = {shard_id for shard_id, _ in self._attempts}
         rows_of = (
             {
                 name: dict(zip(table.column("shard_id").to_pylist(), table.column("rows").to_pylist(), strict=True))
@@ -177,14 +190,17 @@ class LabelRun:
             else {}
         )
         for place, shard_id in enumerate(shard_ids.to_pylist()):
-            if shard_id not in begun_set:
+            if shard_id not in begun_set and shard_id not in retried:
                 continue
             bitmaps = {}
             for name in self._names:
                 bitmaps[name] = committed.get((shard_id, name), BitMap())
                 if finished[name][index[place]].as_py():
                     bitmaps[name] = BitMap(range(rows_of[name][shard_id]))
-            self._in_work[index[place]] = _UnitInWork({name: BitMap(bitmap) for name, bitmap in bitmaps.items()})
+            self._in_work[index[place]] = _UnitInWork(
+                {name: BitMap(bitmap) for name, bitmap in bitmaps.items()},
+                frozenset(name for name in self._names if finished[name][index[place]].as_py()),
+            )
             done[place] = [bitmaps[name].serialize() for name in self._names]
             tries = [dict(self._attempts.get((shard_id, name), {})) for name in self._names]
             attempts[place] = json.dumps(tries) if any(tries) else None
@@ -208,24 +224,30 @@ class LabelRun:
         else:
             for file, bitmap in bitmaps:
                 unit.taken[file.model] |= bitmap
+                unit.finished -= {file.model}
                 self.rows += file.rows
                 self.failed += file.failed
                 self._files.append(file)
             self.images += window.images
         if window.rows is not None:
-            unit.rows = window.rows
+            # Of two readings the one that got further counts: the other met a fault and recorded it as its last row.
+            unit.rows = max(window.rows, unit.rows or 0)
         # Finished is what has been counted, not what was reported: windows may arrive in any order.
-        if unit.rows is not None and all(len(unit.taken.get(name, ())) == unit.rows for name in self._names):
+        if unit.rows is not None and all(unit.is_complete(name) for name in self._names):
             self._finish_unit(window.index, unit.rows)
 
     def _finish_unit(self, index: int, rows: int) -> None:
         self._finished_units.add(index)
-        del self._in_work[index]
+        earlier = self._in_work.pop(index).finished
         shard_id = self.plan.column("shard_id")[index].as_py()
         stop = self.plan.column("stop")[index].as_py()
         # A stop at or beyond the end was no stop.
         whole = stop is None or rows < stop
-        self._finished += [(shard_id, version, rows, None if whole else stop) for version in self.versions.values()]
+        self._finished += [
+            (shard_id, version, rows, None if whole else stop)
+            for name, version in self.versions.items()
+            if name not in earlier
+        ]
 
     def commit(self) -> None:
         """Make all booked windows part of the table. Raises StorageError, FailureBudgetExceeded."""
@@ -259,11 +281,6 @@ class LabelRun:
     def label_s(self) -> float:
         """Seconds from the start of the first window to the arrival of the last: the run without its start-up."""
         return 0.0 if self.first_window is None else self.last_window - self.first_window
-
-    @property
-    def done_in_work(self) -> int:
-        """Rows that earlier runs had committed for units that this run has not finished yet, all models together."""
-        return sum(len(bitmap) for unit in self._in_work.values() for bitmap in unit.taken.values())
 
     def write_run(self, state: str, **more: Any) -> None:
         """Write run.json (of the newest run) and _runs/RUN_ID.json (of each): who made which rows, from what, with what."""

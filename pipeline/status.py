@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.compute as pc
-
 from pipeline import units
+from pipeline.errors import SchemaError
 from pipeline.storage import join, open_fs, storage_errors
 from pipeline.table import PredictionTable
 from pipeline.units import UnitLog
@@ -35,13 +34,11 @@ class Counts:
 
 
 def table_counts(table: PredictionTable, unit_log: UnitLog, versions: Mapping[str, str]) -> list[Counts]:
-    """Count rows from the logs alone; no data file is opened."""
-    files = table.files()
+    """Count rows from the logs; data files are opened only where their log entries do not tell whose they are."""
     lines = unit_log.read()
     result = []
     for model, version in versions.items():
-        own = files.filter((pc.field("model") == model) & (pc.field("model_version") == version))
-        rows, failed = (pc.sum(own.column(name)).as_py() or 0 for name in ("rows", "failed"))
+        rows, failed = table.counts(model, version)
         cover = units.coverage(lines, version)
         # An estimate may be too low for a shard in work.
         expected = max(cover.expected, rows)
@@ -50,9 +47,15 @@ def table_counts(table: PredictionTable, unit_log: UnitLog, versions: Mapping[st
 
 
 def read_run(uri: str, storage: Mapping[str, Any]) -> dict[str, Any]:
-    """The newest run's run.json. Raises StorageError where there is none."""
+    """The newest run's run.json. Raises StorageError where there is none, SchemaError where it is none."""
     fs, base = open_fs(uri, storage)
     with storage_errors(join(uri, RUN_FILE)):
         data = fs.cat_file(join(base, RUN_FILE), start=0, end=MAX_RUN_BYTES)
-    run: dict[str, Any] = json.loads(data)
+    try:
+        run: dict[str, Any] = json.loads(data)
+        [(model["label"], model["version"]) for model in run["models"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SchemaError(
+            f"{join(uri, RUN_FILE)} is no run.json of maskmill: {type(error).__name__}: {error}"
+        ) from error
     return run

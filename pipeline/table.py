@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -23,12 +24,13 @@ from deltalake.transaction import AddAction, RemoveAction
 from pyroaring import BitMap
 
 from pipeline.errors import RunError, SchemaError, StorageError
-from pipeline.schema import MODEL, PREDICTIONS
+from pipeline.schema import FAILED, MODEL, PREDICTIONS
 from pipeline.storage import delta_options, join, open_fs, storage_errors
 
 __all__ = ["FILE_SCHEMA", "FileRecord", "PredictionTable", "delta_errors", "write_file"]
 
 FENCE = "maskmill"
+TAKEN_OVER = "another run has taken over this table, so this one stops"
 CHECKPOINT_INTERVAL = "100"
 FILE_SCHEMA = pa.schema([field for field in PREDICTIONS if field.name != MODEL])
 QUIET = PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False)
@@ -65,7 +67,7 @@ class delta_errors:  # noqa: N801  (used as a context manager, like contextlib's
         if error is None or isinstance(error, RunError):
             return
         if isinstance(error, CommitFailedError):
-            raise StorageError(f"{self.where}: another run has taken over this table, so this one stops") from error
+            raise StorageError(f"{self.where}: {TAKEN_OVER}") from error
         if isinstance(error, DeltaError | OSError):
             raise StorageError(f"{self.where}: {_tidy(str(error))}") from error
 
@@ -143,12 +145,15 @@ class PredictionTable:
     def commit(self, files: Sequence[FileRecord]) -> None:
         """Make files part of the table, all or none. Raises StorageError where another driver has taken over."""
         if files:
-            with delta_errors(f"output {self.uri}"):
-                self._table.update_incremental()
-                if self._table.transaction_version(FENCE) != self._fence:
-                    raise StorageError(f"output {self.uri}: another run has taken over this table, so this one stops")
+            self._check_fence()
             self._fence += 1
             self._commit([_add_action(file) for file in files])
+
+    def _check_fence(self) -> None:
+        with delta_errors(f"output {self.uri}"):
+            self._table.update_incremental()
+            if self._table.transaction_version(FENCE) != self._fence:
+                raise StorageError(f"output {self.uri}: {TAKEN_OVER}")
 
     def _commit(self, actions: list[AddAction | RemoveAction]) -> None:
         with delta_errors(f"output {self.uri}"):
@@ -165,7 +170,8 @@ class PredictionTable:
     def files(self) -> pa.Table:
         """What the log knows of each file: path, model, model_version, shard_id, rows, failed. No file is opened.
 
-        shard_id and model_version are null for a file that holds several (after compaction by another tool).
+        shard_id and model_version are null where the log's bounds do not tell: in a file that holds several (after
+        compaction by another tool), or whose writer cut long strings off (deltalake's own, after a deletion).
         """
         with delta_errors(f"output {self.uri}"):
             actions = pa.table(self._table.get_add_actions(flatten=True))
@@ -192,6 +198,30 @@ class PredictionTable:
                 "size_bytes": column("size_bytes", pa.int64()),
             }
         )
+
+    def shards(self) -> pa.Array:
+        """Every shard_id that has rows. Opens only those files whose shard the log does not tell."""
+        files = self.files()
+        known = files.column("shard_id")
+        found = [known.drop_null().combine_chunks()]
+        fs, base = open_fs(self.uri, self.storage)
+        for path in files.filter(pc.is_null(known)).column("path").to_pylist():
+            with storage_errors(join(self.uri, path)), fs.open(join(base, path), "rb") as file:
+                found.append(pq.read_table(file, columns=["shard_id"]).column(0).cast(pa.string()).combine_chunks())
+        return pa.concat_arrays(found).unique()
+
+    def counts(self, model: str, version: str) -> tuple[int, int]:
+        """Rows and failed rows of one version of a model: from the log, or scanned where the log does not tell."""
+        files = self.files().filter(pc.field("model") == model)
+        columns = [files.column(name) for name in ("model_version", "rows", "failed")]
+        if not any(column.null_count for column in columns):
+            own = files.filter(pc.field("model_version") == version)
+            return pc.sum(own.column("rows")).as_py() or 0, pc.sum(own.column("failed")).as_py() or 0
+        rows = failed = 0
+        for batch in self.scan(["status"], (pc.field(MODEL) == model) & (pc.field("model_version") == version)):
+            rows += len(batch)
+            failed += pc.sum(pc.equal(batch["status"], FAILED)).as_py() or 0
+        return rows, failed
 
     def scan(self, columns: Sequence[str], filter_expression: pc.Expression | None = None) -> Iterator[pa.RecordBatch]:
         """Stream rows in batches of bounded size."""
@@ -226,7 +256,7 @@ class PredictionTable:
         """Failed rows of the current versions: {(shard_id, model): {position: attempts so far}}."""
         result: dict[tuple[str, str], dict[int, int]] = {}
         for batch in self.scan(
-            ["shard_id", "position", MODEL, "model_version", "attempts"], pc.field("status") == "failed"
+            ["shard_id", "position", MODEL, "model_version", "attempts"], pc.field("status") == FAILED
         ):
             for row in batch.to_pylist():
                 if versions.get(row[MODEL]) == row["model_version"]:
@@ -237,7 +267,9 @@ class PredictionTable:
         """Take the failed rows of these models out, so that they count as not yet done. Returns how many."""
         removed = 0
         for name, version in versions.items():
-            removed += self._delete(f"status = 'failed' AND {MODEL} = {_sql(name)} AND model_version = {_sql(version)}")
+            removed += self._delete(
+                f"status = '{FAILED}' AND {MODEL} = {_sql(name)} AND model_version = {_sql(version)}"
+            )
         return removed
 
     def delete_units(self, shard_ids: Sequence[str]) -> int:
@@ -265,18 +297,21 @@ class PredictionTable:
     def vacuum(self) -> int:
         """Delete data files that the log does not name: what killed runs left behind. Returns how many.
 
-        Only safe for the driver that has taken over: an earlier one can no longer commit them.
+        Raises StorageError, and deletes nothing, where another driver has taken over.
         """
-        known = set(self.files().column("path").to_pylist())
         fs, base = open_fs(self.uri, self.storage)
-        orphans: list[str] = []
+        present: dict[str, str] = {}
         with storage_errors(f"output {self.uri}"):
             fs.invalidate_cache()
-            for folder in fs.glob(join(base, f"{MODEL}=*")):
-                for path in fs.find(folder):
-                    relative = f"{folder.rpartition('/')[2]}/{path[len(folder) :].strip('/')}"
-                    if path.endswith(".parquet") and relative not in known:
-                        orphans.append(path)
+            for folder in fs.ls(base, detail=False):
+                name = folder.rstrip("/").rpartition("/")[2]
+                if name.startswith(f"{MODEL}="):
+                    present |= {f"{name}/{path[len(folder) :].strip('/')}": path for path in fs.find(folder)}
+        # Listed before the check: no file among them can be a later driver's, which may not have committed it yet.
+        self._check_fence()
+        known = set(self.files().column("path").to_pylist())
+        orphans = [path for name, path in present.items() if name.endswith(".parquet") and name not in known]
+        with storage_errors(f"output {self.uri}"):
             for start in range(0, len(orphans), 1000):
                 fs.rm(orphans[start : start + 1000])
         return len(orphans)
@@ -307,9 +342,17 @@ def _bounds(rows: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         elif not pa.types.is_nested(field.type) and not pa.types.is_binary(field.type):
             nulls[field.name] = column.null_count
             if column.null_count < len(column):
-                bounds = pc.min_max(column)
-                low[field.name], high[field.name] = (_plain(bounds[name].as_py()) for name in ("min", "max"))
+                low[field.name], high[field.name] = _range(column)
     return low, high, nulls
+
+
+def _range(column: Any) -> tuple[Any, Any]:
+    if pa.types.is_floating(column.type) and not pc.all(pc.is_finite(column)).as_py():
+        # JSON has no NaN and no infinity; bounds that are too wide only make readers look.
+        widest = float(np.finfo(column.type.to_pandas_dtype()).max)
+        return -widest, widest
+    bounds = pc.min_max(column)
+    return _plain(bounds["min"].as_py()), _plain(bounds["max"].as_py())
 
 
 def _plain(value: Any) -> Any:

@@ -136,6 +136,20 @@ class UnitLog:
             )
         )
 
+    def append_forgotten(self, shard_ids: Sequence[str], run_id: str) -> None:
+        """Note units as no longer part of the source."""
+        count = len(shard_ids)
+        self.append(
+            pa.table(
+                {"shard_id": pa.array(shard_ids, pa.string()), "model_version": pa.array([""] * count, pa.string())}
+                | {
+                    name: pa.nulls(count, UNITS.field(name).type)
+                    for name in ("fingerprint", "size_bytes", "rows", "stop")
+                }
+                | {"run_id": pa.array([run_id] * count, pa.string())}
+            )
+        )
+
 
 def last_lines(log: pa.Table) -> pa.Table:
     """The line that counts of each (shard_id, model_version)."""
@@ -144,15 +158,27 @@ def last_lines(log: pa.Table) -> pa.Table:
 
 
 def planned(log: pa.Table) -> pa.Table:
-    """The counting plan line of each unit."""
+    """The counting plan line of each unit that is not forgotten."""
     last = last_lines(log)
-    return last.filter(pc.equal(last.column("model_version"), ""))
+    return last.filter(pc.and_(pc.equal(last.column("model_version"), ""), pc.is_valid(last.column("fingerprint"))))
 
 
 def finished(log: pa.Table, version: str) -> pa.Table:
     """The counting lines of units finished for one model version."""
     last = last_lines(log)
     return last.filter(pc.and_(pc.equal(last.column("model_version"), version), pc.is_valid(last.column("rows"))))
+
+
+def finished_of(log: pa.Table, shard_ids: Iterable[str]) -> list[tuple[str, str]]:
+    """(shard_id, model_version) of everything that is finished of these units, whatever the model."""
+    last = last_lines(log)
+    rows = last.filter(
+        pc.and_(
+            pc.is_in(last.column("shard_id"), value_set=pa.array(shard_ids, pa.string())),
+            pc.and_(pc.not_equal(last.column("model_version"), ""), pc.is_valid(last.column("rows"))),
+        )
+    )
+    return list(zip(rows.column("shard_id").to_pylist(), rows.column("model_version").to_pylist(), strict=True))
 
 
 def join_log(plan: pa.Table, lines: pa.Table, columns: Sequence[str]) -> pa.Table:

@@ -2,9 +2,10 @@
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ __all__ = ["LoadedModel", "check_models", "load_model"]
 PREPROCESS_OPTIONS = {field.name for field in dataclasses.fields(Preprocess)}
 POST_OPTIONS = {field.name for field in dataclasses.fields(PostContext)} - {"taxonomy"}
 RUN_OPTIONS = {"precision", "channels_last", "compile"}
+DEPTH_KINDS = ("metric_m", "relative", "inverse_relative")
 T = TypeVar("T")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -92,29 +94,49 @@ def load_model(config: ModelConfig, *, seed: int, tile_pixels: int) -> LoadedMod
     checkpoint = checkpoint_spec(config.weights, config.storage) or {}
     if checkpoint and checkpoint["model"] != spec.name:
         raise CheckpointError(f"{config.weights} holds a {checkpoint['model']}, the config asks for {spec.name}")
+    for name, kind in (("options", dict), ("preprocess", dict), ("taxonomy", str)):
+        if not isinstance(checkpoint.get(name, kind()), kind):
+            raise CheckpointError(
+                f"{config.weights}/spec.json: {name} must be a {kind.__name__}, got {checkpoint[name]!r:.80}"
+            )
     options = {**(spec.options or {}), **checkpoint.get("options", {}), **config.options}
-    build_options = set(inspect.signature(spec.build).parameters) - {"num_classes", "args", "kwargs"}
+    defaults = {name: parameter.default for name, parameter in inspect.signature(spec.build).parameters.items()}
+    build_options = set(defaults) - {"num_classes", "args", "kwargs"}
     require_known(options, PREPROCESS_OPTIONS | POST_OPTIONS | RUN_OPTIONS | build_options, where)
 
     taxonomy = load_taxonomy(config.taxonomy or checkpoint.get("taxonomy") or spec.taxonomy, config.storage)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = spec.build(spec.num_classes(taxonomy), **{k: v for k, v in options.items() if k in build_options})
+        try:
+            module = spec.build(spec.num_classes(taxonomy), **{k: v for k, v in options.items() if k in build_options})
+        except Exception as error:
+            text = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"model {spec.name!r} cannot be built: {type(error).__name__}: {text} ({where})"
+            ) from error
     load_weights(module, config.weights, config.storage)
     module.eval().requires_grad_(False)
 
     preprocess = _replaced(spec.preprocess, {**checkpoint.get("preprocess", {}), **options}, where)
     context = _replaced(PostContext(taxonomy=taxonomy), options, where)
     precision = options.get("precision", "fp32")
-    if precision not in PRECISIONS:
+    if not isinstance(precision, str) or precision not in PRECISIONS:
         raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r} ({where})")
+    for name in ("channels_last", "compile"):
+        if not isinstance(options.get(name, False), bool):
+            raise ConfigError(f"{name} must be true or false, got {options[name]!r} ({where})")
     settings = {
         "name": spec.name,
         "postprocess": POSTPROCESS_VERSION,
         "taxonomy": [[c.id, c.name] for c in taxonomy.categories],
         "preprocess": dataclasses.asdict(preprocess),
         "context": {name: getattr(context, name) for name in sorted(POST_OPTIONS)},
-        "options": {name: value for name, value in sorted(options.items()) if name in build_options},
+        # With the defaults, so that a default written out is no other model.
+        "options": {
+            name: options.get(name, defaults[name])
+            for name in sorted(build_options)
+            if name in options or isinstance(defaults[name], bool | int | float | str)
+        },
         "precision": precision,
         "tile_pixels": tile_pixels if spec.dense else 0,
     }
@@ -127,33 +149,42 @@ def load_model(config: ModelConfig, *, seed: int, tile_pixels: int) -> LoadedMod
         context=context,
         postprocess=spec.postprocess or POSTPROCESS[spec.task],
         autocast=PRECISIONS[precision],
-        channels_last=bool(options.get("channels_last", False)),
+        channels_last=bool(options.get("channels_last", True)),
         compile=bool(options.get("compile", False)),
     )
 
 
 def _replaced(value: T, options: Mapping[str, Any], where: str) -> T:
-    names = {field.name: field for field in dataclasses.fields(value)}  # type: ignore[arg-type]
-    changes: dict[str, Any] = {}
-    for name, option in options.items():
-        if name not in names or name == "taxonomy":
-            continue
-        kind = names[name].type
-        if isinstance(getattr(value, name), tuple):
-            if not isinstance(option, list | tuple) or len(option) != 3:
-                raise ConfigError(f"{name} must be three numbers, got {option!r} ({where})")
-            option = tuple(float(item) for item in option)
-        elif option is None:
-            if "None" not in str(kind):
-                raise ConfigError(f"{name} must not be null ({where})")
-        elif isinstance(option, bool) != (kind is bool) or not isinstance(option, int | float | str):
-            raise ConfigError(f"{name} cannot be {option!r} ({where})")
-        elif (
-            isinstance(option, int | float)
-            and not isinstance(option, bool)
-            and option <= 0
-            and name in ("resize", "max_size", "pad_multiple", "max_segments")
-        ):
-            raise ConfigError(f"{name} must be above 0, got {option} ({where})")
-        changes[name] = option
+    """`value` with the options that are its fields, each checked against the field's type and range."""
+    changes = {
+        field.name: _checked(field.name, field.type, options[field.name], where)
+        for field in dataclasses.fields(value)  # type: ignore[arg-type]
+        if field.name in options and field.name != "taxonomy"
+    }
     return dataclasses.replace(value, **changes)  # type: ignore[type-var]
+
+
+def _checked(name: str, kind: Any, option: Any, where: str) -> Any:
+    kinds = get_args(kind) or (kind,)  # int | None; the means and deviations are the only tuples
+    number = isinstance(option, int | float) and not isinstance(option, bool) and math.isfinite(option)
+    if float in kinds and name in ("mean", "std"):
+        if not isinstance(option, list | tuple) or len(option) != 3:
+            raise ConfigError(f"{name} must be three numbers, got {option!r} ({where})")
+        return tuple(_checked(f"{name}[{index}]", float, item, where) for index, item in enumerate(option))
+    if option is None and type(None) in kinds:
+        return None
+    if bool in kinds:
+        right, expected = isinstance(option, bool), "true or false"
+    elif name == "depth_kind":
+        right, expected = option in DEPTH_KINDS, f"one of {', '.join(DEPTH_KINDS)}"
+    elif int in kinds:
+        right, expected = number and isinstance(option, int) and option > 0, "a whole number above 0"
+    elif name.startswith("std"):
+        right, expected = number and option > 0, "a number above 0"
+    elif name in ("score_threshold", "low_confidence"):
+        right, expected = number and 0 <= option <= 1, "a number from 0 to 1"
+    else:
+        right, expected = number, "a number"
+    if not right:
+        raise ConfigError(f"{name} must be {expected}, got {option!r} ({where})")
+    return float(option) if float in kinds else option

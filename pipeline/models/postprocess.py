@@ -60,7 +60,7 @@ def _quality(logits_KHW: Tensor, low_confidence: float) -> Quality:
     log_probability = functional.log_softmax(logits_KHW, dim=0)
     probability = log_probability.exp()
     largest = probability.amax(0)
-    entropy = -(probability * log_probability).sum(0)
+    entropy = torch.special.entr(probability).sum(0)  # 0 log 0 = 0: a model may rule a class out with -inf
     values = torch.stack([largest.mean(), entropy.mean(), (largest < low_confidence).float().mean()]).cpu().tolist()
     return Quality(*values)
 

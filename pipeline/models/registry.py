@@ -95,8 +95,9 @@ def import_spec(path: str) -> ModelSpec:
     module_name, _, attribute = path.partition(":")
     try:
         spec = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"cannot import models.spec {path!r}: {error}") from error
+    except Exception as error:  # a user's module may raise anything
+        text = " ".join(str(error).split())[:300]
+        raise ConfigError(f"cannot import models.spec {path!r}: {type(error).__name__}: {text}") from error
     if not isinstance(spec, ModelSpec):
         raise ConfigError(f"models.spec {path!r} must be a ModelSpec, got {type(spec).__name__}")
     return spec

@@ -128,7 +128,8 @@ class ModelSpec:
     num_classes: outputs for a taxonomy; by default one per category.
     forward: runs the module on image_BCHW (float, normalised, padded) and the frames' sizes.
     postprocess: its output -> one Prediction per frame, at the frame's decoded size. None: the task's own.
-    dense: the output has the input's layout, so that an oversize image can be cut into blended tiles.
+    dense: the output has the input's layout, so that an oversize image can be cut into blended tiles; not where a
+        `postprocess` of its own says what it means.
     license: of the weights; commercial: False where it forbids commercial use.
     """
 
@@ -148,4 +149,4 @@ class ModelSpec:
 
     @property
     def dense(self) -> bool:
-        return self.task in ("semantic", "depth")
+        return self.task in ("semantic", "depth") and self.postprocess is None

@@ -1,4 +1,4 @@
-"""Weights by address, never unpickled: safetensors, or torch files read with weights_only=True, checked tensor by tensor."""
+"""Weights by address, never unpickled: safetensors, or torch files read with weights_only=True, all tensors checked."""
 
 import hashlib
 import json
@@ -96,11 +96,12 @@ def _torchvision(enum: str) -> dict[str, Tensor]:
         raise CheckpointError(f"torchvision has no weights {enum!r}: {error}") from error
     try:
         state = chosen.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # URLError, a connection cut, a wrong hash, a damaged file in the cache
         name = chosen.url.rpartition("/")[2]
+        text = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"cannot download {enum}: {error}; on a machine without network, fetch {name} elsewhere and give its path "
-            "as weights, or put it into the folder checkpoints of TORCH_HOME/hub"
+            f"cannot download {enum}: {type(error).__name__}: {text}; on a machine without network, fetch {name} "
+            "elsewhere and give its path as weights, or put it into the folder checkpoints of TORCH_HOME/hub"
         ) from error
     # Heads that only help training; our modules are built without them.
     return {name: tensor for name, tensor in state.items() if not name.startswith("aux_classifier.")}
@@ -109,7 +110,10 @@ def _torchvision(enum: str) -> dict[str, Tensor]:
 def _read_file(uri: str, storage: Mapping[str, Any]) -> dict[str, Tensor]:
     fs, path = open_fs(uri, storage)
     with tempfile.TemporaryDirectory() as folder, storage_errors(uri):
-        size = int(fs.info(path)["size"])
+        try:
+            size = int(fs.info(path)["size"])
+        except FileNotFoundError as error:
+            raise CheckpointError(f"no weights at {uri}") from error
         if size > MAX_WEIGHTS_BYTES:
             raise CheckpointError(f"{uri} has {size} bytes, expected at most {MAX_WEIGHTS_BYTES}")
         local = path

@@ -3,7 +3,8 @@
 import io
 import re
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from pipeline.sources.base import Sample, Source, Unit, UnitEnd, read_unit
@@ -33,34 +34,51 @@ def pack_unit(
 ) -> int:
     """Write one unit as `shard-INDEX-PART.tar` files below `uri`; returns how many samples went in.
 
-    The same unit gives byte-equal tars. A sample that cannot be read becomes an empty image, which labelling records as
-    a failed row, so that nothing vanishes on the way.
+    The same unit gives byte-equal tars, of which one at a time is held in memory. A sample that cannot be read becomes
+    an empty image, which labelling records as a failed row, so that nothing vanishes on the way.
     """
-    samples = [item for item in read_unit(source, unit, ()) if not isinstance(item, UnitEnd)]
     fs, base = open_fs(uri, storage)
     with storage_errors(uri):
         fs.makedirs(base, exist_ok=True)
-        for part, start in enumerate(range(0, len(samples), images_per_shard)):
-            data = _tar(samples[start : start + images_per_shard])
+    samples = (item for item in read_unit(source, unit, ()) if not isinstance(item, UnitEnd))
+    total = part = 0
+    while True:
+        data, count = _tar(islice(samples, images_per_shard))
+        if not count:
+            return total
+        with storage_errors(uri):
             fs.pipe_file(join(base, f"shard-{index:06d}-{part:03d}.tar"), data)
-    return len(samples)
+        total, part = total + count, part + 1
 
 
-def _tar(samples: list[Sample]) -> bytes:
+def _tar(samples: Iterator[Sample]) -> tuple[bytes, int]:
     buffer = io.BytesIO()
+    keys: set[str] = set()
+    count = 0
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for sample in samples:
-            key = _key(sample.image_id)
+            count += 1
+            key = _unique(_key(sample.image_id), keys)
             _add(tar, key + _suffix(sample.image), sample.image)
             for kind, data in sorted(sample.targets.items()):
                 _add(tar, key + TARGET_SUFFIXES[kind], data)
-    return buffer.getvalue()
+    return buffer.getvalue(), count
 
 
 def _key(image_id: str) -> str:
-    """An image_id as a tar key: no dots (a key ends at the first), no way out of a folder."""
+    """An image_id as a tar key: no dots (a key ends at the first), no way out of a folder, never empty."""
     stem = re.sub(r"\.(jpe?g|png|webp|tiff?|bmp)$", "", image_id, flags=re.IGNORECASE)
-    return re.sub(r"[^\w/#-]+", "_", stem).strip("/")
+    return re.sub(r"[^\w/#-]+", "_", stem).strip("/") or "_"
+
+
+def _unique(key: str, taken: set[str]) -> str:
+    """`key`, with a number behind it where another image of the tar has it: a.jpg and a.png become a and a_2."""
+    name, number = key, 1
+    while name in taken:
+        number += 1
+        name = f"{key}_{number}"
+    taken.add(name)
+    return name
 
 
 def _suffix(image: bytes) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from pipeline.errors import RowError
+from pipeline.errors import PredictError, RowError
 from pipeline.images import decode_image
 from pipeline.models.spec import Preprocess
 from pipeline.sources.base import Sample, Source, Unit, UnitEnd, read_unit
@@ -85,10 +85,15 @@ class Decoder:
         except RowError as error:
             return _failed(sample, error, "decode", read_s)
         decoded = time.perf_counter()
-        prepared = tuple(
-            None if sample.position in rows else prepare(image_HWC, preprocess)
-            for rows, preprocess in zip(done, self.preprocesses, strict=True)
-        )
+        try:
+            prepared = tuple(
+                None if sample.position in rows else prepare(image_HWC, preprocess)
+                for rows, preprocess in zip(done, self.preprocesses, strict=True)
+            )
+        except (RuntimeError, MemoryError, ValueError) as error:  # what resizing raises where a strip becomes a plane
+            size = f"{image_HWC.shape[1]}x{image_HWC.shape[0]}"
+            problem = PredictError(f"an image of {size} cannot be resized: {' '.join(str(error).split())[:300]}")
+            return _failed(sample, problem, "prepare", read_s)
         return Decoded(
             image_id=sample.image_id,
             shard_id=sample.shard_id,

@@ -1,5 +1,6 @@
 """The one thread that talks to the accelerator: forward passes of all calls of a worker pass through it in order."""
 
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -40,6 +41,7 @@ class Device:
         self._torch_threads = torch_threads
         self._timeout_s = timeout_s
         self._executor = self._start()
+        self._lock = threading.Lock()  # nothing is submitted to an executor that is being replaced
         self.busy_s = 0.0
 
     def _start(self) -> ThreadPoolExecutor:
@@ -48,8 +50,12 @@ class Device:
 
     def submit(self, function: Callable[[], Result]) -> Job[Result]:
         job = Job(function)
-        job.future = self._executor.submit(self._timed, job)
+        self._enqueue(job)
         return job
+
+    def _enqueue(self, job: Job[Result]) -> None:
+        with self._lock:
+            job.future = self._executor.submit(self._timed, job)
 
     def _timed(self, job: Job[Result]) -> Result:
         try:
@@ -68,9 +74,9 @@ class Device:
                     raise PredictTimeoutError(f"no answer from the model in {self._timeout_s:g} s") from None
             except CancelledError:
                 # It waited behind a job that hung.
-                job.started = 0.0
-                job.future = self._executor.submit(self._timed, job)
+                self._enqueue(job)
 
     def _replace(self) -> None:
-        hung, self._executor = self._executor, self._start()
+        with self._lock:
+            hung, self._executor = self._executor, self._start()
         hung.shutdown(wait=False, cancel_futures=True)

@@ -1,11 +1,12 @@
 """The labelling of one unit as one stream: read, decode, batch, predict, encode, write, in overlapping threads."""
 
+import contextlib
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import groupby
@@ -267,5 +268,5 @@ class _Member:
 
 def _resolve(future: Future[dict[str, Any]], row: dict[str, Any]) -> None:
     """Set a row once; a hung batch that answers after its timeout comes too late."""
-    if not future.done():
+    with contextlib.suppress(InvalidStateError):
         future.set_result(row)

@@ -102,14 +102,15 @@ class Predict:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if len(batch) > 1:
-            self.batch_pixels = max(1, min(self.batch_pixels, sum(map(_pixels, batch))) // 2)
+            # Not half of the budget: batches that were filled before it shrank would each shrink it again.
+            self.batch_pixels = max(1, min(self.batch_pixels, sum(map(_pixels, batch)) // 2))
             middle = len(batch) // 2
             return self(batch[:middle]) + self(batch[middle:])
-        pixels = min(_pixels(batch[0]), self.tile_pixels) // 2
-        if not self.model.spec.dense or pixels < MIN_TILE_PIXELS:
+        pixels = min(_pixels(batch[0]), self.tile_pixels)
+        if not self.model.spec.dense or pixels <= MIN_TILE_PIXELS:
             size = "x".join(map(str, reversed(batch[0].padded)))
             return [ImageTooLargeError(f"out of memory on {self.device} for one input of {size} pixels")]
-        self.tile_pixels = pixels
+        self.tile_pixels = max(MIN_TILE_PIXELS, pixels // 2)
         return self(batch)
 
     def _forward(self, batch: Sequence[Prepared]) -> list[Prediction]:
@@ -118,6 +119,8 @@ class Predict:
         if self.model.spec.task == "semantic":
             self._check_classes(dense_output(output))
         with torch.inference_mode():
+            if self.model.spec.dense:
+                output = self._at_input_size(output, batch[0].padded)
             return self.model.postprocess(output, frames, self.model.context)
 
     def _check_classes(self, logits_BKHW: Tensor) -> None:
@@ -126,6 +129,15 @@ class Predict:
             raise ConfigError(
                 f"model {self.model.label!r} gives {got} classes, taxonomy {self.model.taxonomy.name!r} has {expected}"
             )
+
+    def _at_input_size(self, output: object, padded: tuple[int, int]) -> Tensor:
+        """The output as B, K, H, W of the padded input; models that answer at a fraction of it are upsampled."""
+        if self.model.spec.task == "depth" and isinstance(output, Tensor) and output.ndim == 3:
+            output = output[:, None]
+        values_BKHW = dense_output(output)
+        if values_BKHW.shape[2:] != padded:
+            values_BKHW = functional.interpolate(values_BKHW.float(), size=padded, mode="bilinear")
+        return values_BKHW
 
     def _run(self, batch: Sequence[Prepared]) -> object:
         height, width = batch[0].padded
@@ -154,16 +166,11 @@ class Predict:
         def tile(row: int, column: int) -> Tensor:
             cut_CHW = item.image_CHW[:, row : row + plan.height, column : column + plan.width]
             part = Prepared(cut_CHW, Frame(plan.height, plan.width, plan.height, plan.width), padded)
-            output = self._run([part])
-            if task == "depth" and isinstance(output, Tensor) and output.ndim == 3:
-                output = output[:, None]
-            values_KHW = dense_output(output)[0].float()
-            if values_KHW.shape[1:] != padded:
-                values_KHW = functional.interpolate(values_KHW[None], size=padded, mode="bilinear")[0]
+            values_KHW = self._at_input_size(self._run([part]), padded)[0].float()
             return values_KHW[:, : plan.height, : plan.width]
 
         with torch.inference_mode():
-            bands = [_checked(part) for part in self._band_predictions(blend_bands(plan, width, tile), width)]
+            bands = list(self._band_predictions(blend_bands(plan, width, tile), width))
         if task == "depth":
             whole = np.concatenate([band.depth_HW for band in bands if band.depth_HW is not None])
             result = torch.from_numpy(whole)[None]
@@ -173,7 +180,7 @@ class Predict:
             rows = np.minimum((np.arange(frame.height) + 0.5) * height / frame.height, height - 1).astype(np.int64)
             columns = np.minimum((np.arange(frame.width) + 0.5) * width / frame.width, width - 1).astype(np.int64)
             label_HW = label_HW[np.ix_(rows, columns)]
-        return Prediction(label_HW=label_HW, quality=_mean_quality(bands))
+        return _checked(Prediction(label_HW=label_HW, quality=_mean_quality(bands)))
 
     def _band_predictions(self, bands: Iterator[Tensor], width: int) -> Iterator[Prediction]:
         for values_KhW in bands:
@@ -188,6 +195,8 @@ def _pixels(item: Prepared) -> int:
 def _checked(prediction: Prediction) -> Prediction:
     if prediction.quality is not None and not np.isfinite(prediction.quality.mean_max_probability):
         raise PredictError("the model's logits are not finite")
+    if prediction.depth_HW is not None and not np.isfinite(prediction.depth_HW).any():
+        raise PredictError("the model's depth is finite at no pixel")
     return prediction
 
 

@@ -95,11 +95,14 @@ def map_ordered(
 ) -> Iterator[Result]:
     """`function` over `items` in a pool, results in the items' order, at most `count` calls ahead.
 
+    An exception of a call or of the iterable is raised at its place.
+
     No new call starts while finished results that wait for their turn weigh `limit` or more.
     """
     ahead: deque[Future[Result]] = deque()
     source = iter(items)
     exhausted = False
+    failure: Exception | None = None
     try:
         while True:
             while not exhausted and len(ahead) < count:
@@ -110,7 +113,11 @@ def map_ordered(
                     ahead.append(pool.submit(function, next(source)))
                 except StopIteration:
                     exhausted = True
+                except Exception as error:  # noqa: BLE001  (raised below, when the results before it are out)
+                    exhausted, failure = True, error
             if not ahead:
+                if failure is not None:
+                    raise failure
                 return
             yield ahead.popleft().result()
     finally:

@@ -1,5 +1,6 @@
 """Oversize images in overlapping tiles, blended with linear ramps, in memory of one band of tiles."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -21,29 +22,29 @@ class TilePlan:
 
 
 def plan_tiles(height: int, width: int, *, tile_pixels: int, multiple: int) -> TilePlan:
-    """Cover height x width with square-ish tiles of at most `tile_pixels`, sides a multiple of `multiple`.
+    """Cover height x width with square-ish tiles whose sides are a multiple of `multiple`, or the image's whole side.
 
-    A side shorter than the tile is taken whole, and the other side grows instead.
+    A side shorter than the tile is taken whole, and the other side grows instead. Padded to `multiple`, a tile has at
+    most `tile_pixels`, or one block of multiple x multiple where that is more. Neighbours share an eighth of a tile's
+    shorter side, at least `multiple` pixels and at most half of it.
     """
-    side = int(tile_pixels**0.5)
-    tile_height = min(height, side)
-    tile_width = min(width, tile_pixels // tile_height)
-    tile_height = min(height, tile_pixels // tile_width)
-    tile_height, tile_width = (_round_down(tile_height, height, multiple), _round_down(tile_width, width, multiple))
-    overlap = max(multiple, min(tile_height, tile_width) // 8)
+    rows, columns = -(-height // multiple), -(-width // multiple)
+    blocks = max(1, tile_pixels // multiple**2)
+    tile_rows = min(rows, math.isqrt(blocks))
+    tile_columns = min(columns, blocks // tile_rows)
+    tile_rows = min(rows, blocks // tile_columns)
+    tile_height, tile_width = min(height, tile_rows * multiple), min(width, tile_columns * multiple)
+    cut = [tile for tile, whole in ((tile_height, height), (tile_width, width)) if tile < whole]
+    overlap = min([max(multiple, min(tile_height, tile_width) // 8), *(tile // 2 for tile in cut)])
     return TilePlan(
         _starts(height, tile_height, overlap), _starts(width, tile_width, overlap), tile_height, tile_width, overlap
     )
 
 
-def _round_down(tile: int, whole: int, multiple: int) -> int:
-    return whole if tile >= whole else max(multiple, tile // multiple * multiple)
-
-
 def _starts(length: int, tile: int, overlap: int) -> tuple[int, ...]:
     if tile >= length:
         return (0,)
-    step = max(1, tile - overlap)
+    step = tile - overlap
     return (*range(0, length - tile, step), length - tile)
 
 

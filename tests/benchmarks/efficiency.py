@@ -3,7 +3,7 @@
     python tests/benchmarks/efficiency.py --model deeplabv3_mobilenet_v3_large --shards 6 --images 24
 
 The limit is the bare forward pass over batches of the same shape, on tensors that are already normalised, in a process
-of its own with the same number of threads. End to end counts from the first window's start to the last commit: reading
+of its own with the same number of threads, memory layout and malloc settings. End to end counts from the first window's start to the last commit: reading
 tars, decoding JPEG, resizing, predicting, upsampling to the image's size, argmax, PNG, Parquet, Delta. Both alternate,
 and medians are compared.
 """
@@ -32,7 +32,8 @@ def limit(model: str, batch: int, height: int, width: int, seconds: float, threa
     torch.set_num_threads(threads)
     loaded = load_model(ModelConfig(name=model), seed=0, tile_pixels=1 << 22)
     size = loaded.preprocess.padded(*loaded.preprocess.size(height, width))
-    image_BCHW = torch.randn(batch, 3, *size)
+    image_BCHW = torch.randn(batch, 3, *size).contiguous(memory_format=torch.channels_last)
+    loaded.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with torch.inference_mode():
         for _ in range(2):
             loaded.module(image_BCHW)
@@ -85,6 +86,7 @@ def main() -> int:
         width=width,
         height=height,
     )
+    from pipeline.dataflow import MALLOC
     from pipeline.models.registry import find_model
 
     preprocess = find_model(arguments.model).preprocess
@@ -93,7 +95,7 @@ def main() -> int:
     limits, ends = [], []
     for _ in range(arguments.rounds):
         code = f"from efficiency import limit; print(limit({arguments.model!r}, {arguments.batch}, {height}, {width}, 15, {threads}))"
-        environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{Path(__file__).parent}"}
+        environment = {**os.environ, **MALLOC, "PYTHONPATH": f"{REPOSITORY}:{Path(__file__).parent}"}
         printed = subprocess.run(
             [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
         )
