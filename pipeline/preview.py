@@ -125,7 +125,7 @@ def blend_labels(
     border_HW[:, 1:] |= label_HW[:, 1:] != label_HW[:, :-1]
     border_HW[1:] |= label_HW[1:] != label_HW[:-1]
     blended[border_HW] = blended[border_HW] * 0.4 + 255 * 0.6
-    return blended.astype(np.uint8)
+    return np.asarray(blended, np.uint8)
 
 
 def _blend_segments(

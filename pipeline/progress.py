@@ -1,11 +1,11 @@
-"""What a run says while it goes: a bar on a terminal, a plain line every ten seconds elsewhere, a summary at the end."""
+"""What a run says: a bar on a terminal, a plain line every ten seconds elsewhere, a summary at the end."""
 
 import sys
 import time
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from pipeline.status import Counts
@@ -44,7 +44,7 @@ class Reporter:
         self._live = self.console.is_terminal and not quiet
         self._quiet = quiet
         self._progress: Progress | None = None
-        self._task = None
+        self._task: TaskID | None = None
         self._last_line = 0.0
         self._history: list[tuple[float, int]] = []
 

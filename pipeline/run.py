@@ -12,12 +12,12 @@ import platform
 import subprocess
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -51,7 +51,7 @@ def row_to_work(row: Mapping[str, Any], models: int) -> WorkItem:
     return WorkItem(
         index=row["index"],
         unit=row_to_unit(row),
-        done=tuple(done),
+        done=cast("tuple[Container[int], ...]", tuple(done)),
         attempts=tuple({int(position): tries for position, tries in entry.items()} for entry in attempts),
     )
 
@@ -283,7 +283,7 @@ class LabelRun:
         return 0.0 if self.first_window is None else self.last_window - self.first_window
 
     def write_run(self, state: str, **more: Any) -> None:
-        """Write run.json (of the newest run) and _runs/RUN_ID.json (of each): who made which rows, from what, with what."""
+        """Write run.json (the newest run) and _runs/RUN_ID.json (each run): which rows, from what, with what."""
         fingerprints = "\n".join(self.plan.column("fingerprint").to_pylist())
         run = {
             "run_id": self.run_id,

@@ -5,16 +5,19 @@ in the log does not exist. Each commit carries the driver's fencing number as an
 driver on the same table makes the first one stop instead of doubling rows.
 """
 
+import contextlib
+import io
+import itertools
 import json
 import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -30,9 +33,18 @@ from pipeline.storage import delta_options, join, open_fs, storage_errors
 __all__ = ["FILE_SCHEMA", "FileRecord", "PredictionTable", "delta_errors", "write_file"]
 
 FENCE = "maskmill"
+LOST = -1
+REWRITES_AT_ONCE = 16
+REWRITES_PER_COMMIT = 200
 TAKEN_OVER = "another run has taken over this table, so this one stops"
-CHECKPOINT_INTERVAL = "100"
 FILE_SCHEMA = pa.schema([field for field in PREDICTIONS if field.name != MODEL])
+# Every plain column, because pyarrow takes a column without bounds in a file with bounds for one without values; and
+# none inside a struct, because Polars refuses a struct of which it is given the bounds of some fields only.
+STATS_COLUMNS = tuple(field.name for field in FILE_SCHEMA if not pa.types.is_nested(field.type))
+CONFIGURATION = {
+    "delta.checkpointInterval": "100",
+    "delta.dataSkippingStatsColumns": ",".join(STATS_COLUMNS),
+}
 QUIET = PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False)
 
 
@@ -105,7 +117,7 @@ class PredictionTable:
         self.uri = uri
         self.storage = dict(storage)
         self._table = table
-        self._fence = -1
+        self._fence = LOST
 
     @classmethod
     def open(cls, uri: str, storage: Mapping[str, Any], *, create: bool = False) -> "PredictionTable":
@@ -122,7 +134,7 @@ class PredictionTable:
                     partition_by=[MODEL],
                     mode="ignore",
                     name="maskmill predictions",
-                    configuration={"delta.checkpointInterval": CHECKPOINT_INTERVAL},
+                    configuration=CONFIGURATION,
                     storage_options=delta_options(storage),
                 )
             else:
@@ -149,6 +161,15 @@ class PredictionTable:
             self._fence += 1
             self._commit([_add_action(file) for file in files])
 
+    @contextlib.contextmanager
+    def _last_chance(self) -> Iterator[None]:
+        """After a commit that failed this driver is out: the number that it tried may be another driver's by now."""
+        try:
+            yield
+        except Exception:
+            self._fence = LOST
+            raise
+
     def _check_fence(self) -> None:
         with delta_errors(f"output {self.uri}"):
             self._table.update_incremental()
@@ -156,7 +177,7 @@ class PredictionTable:
                 raise StorageError(f"output {self.uri}: {TAKEN_OVER}")
 
     def _commit(self, actions: list[AddAction | RemoveAction]) -> None:
-        with delta_errors(f"output {self.uri}"):
+        with delta_errors(f"output {self.uri}"), self._last_chance():
             self._table.create_write_transaction(
                 actions,
                 mode="append",
@@ -171,7 +192,7 @@ class PredictionTable:
         """What the log knows of each file: path, model, model_version, shard_id, rows, failed. No file is opened.
 
         shard_id and model_version are null where the log's bounds do not tell: in a file that holds several (after
-        compaction by another tool), or whose writer cut long strings off (deltalake's own, after a deletion).
+        compaction by another tool), or whose writer cut long strings off (deltalake's own).
         """
         with delta_errors(f"output {self.uri}"):
             actions = pa.table(self._table.get_add_actions(flatten=True))
@@ -265,34 +286,56 @@ class PredictionTable:
 
     def delete_failed(self, versions: Mapping[str, str]) -> int:
         """Take the failed rows of these models out, so that they count as not yet done. Returns how many."""
-        removed = 0
-        for name, version in versions.items():
-            removed += self._delete(
-                f"status = '{FAILED}' AND {MODEL} = {_sql(name)} AND model_version = {_sql(version)}"
-            )
-        return removed
+
+        def is_gone(model: str, rows: pa.Table) -> pa.ChunkedArray:
+            own = pc.equal(rows.column("model_version"), versions[model])
+            return pc.and_(own, pc.equal(rows.column("status"), FAILED))
+
+        files = self.files()
+        version = pa.array([versions.get(model) for model in files.column("model").to_pylist()], pa.string())
+        other = pc.fill_null(pc.not_equal(files.column("model_version"), version), False)
+        none = pc.fill_null(pc.equal(files.column("failed"), 0), False)
+        return self._delete(files.filter(pc.and_not(pc.is_valid(version), pc.or_(other, none))), is_gone)
 
     def delete_units(self, shard_ids: Sequence[str]) -> int:
         """Take every row of these units out. Returns how many."""
-        removed = 0
-        for start in range(0, len(shard_ids), 200):
-            listed = ", ".join(_sql(shard_id) for shard_id in shard_ids[start : start + 200])
-            removed += self._delete(f"shard_id IN ({listed})")
-        return removed
+        listed = pa.array(shard_ids, pa.string())
+        files = self.files()
+        own = pc.or_(pc.is_in(files.column("shard_id"), value_set=listed), pc.is_null(files.column("shard_id")))
+        return self._delete(files.filter(own), lambda model, rows: pc.is_in(rows.column("shard_id"), value_set=listed))
 
-    def _delete(self, predicate: str) -> int:
-        self._fence += 1
-        with delta_errors(f"output {self.uri}"):
-            result = self._table.delete(
-                predicate,
-                commit_properties=CommitProperties(app_transactions=[Transaction(FENCE, self._fence)]),
-                post_commithook_properties=QUIET,
-            )
-            self._table.update_incremental()
-            if self._table.transaction_version(FENCE) != self._fence:
-                # Nothing matched: no commit was made, so the number was not used.
-                self._fence -= 1
-        return int(result["num_deleted_rows"] or 0)
+    def _delete(self, files: pa.Table, is_gone: Callable[[str, pa.Table], pa.ChunkedArray]) -> int:
+        """Replace files by ones without the rows that `is_gone`, some files in one commit. Returns how many rows.
+
+        Not `DeltaTable.delete`: what it writes are string views, on which pyarrow's datasets cannot filter.
+        """
+        fs, base = open_fs(self.uri, self.storage)
+
+        def rewrite(file: Mapping[str, Any]) -> tuple[int, list[AddAction | RemoveAction]]:
+            with storage_errors(join(self.uri, file["path"])):
+                stored = pq.ParquetFile(io.BytesIO(fs.cat_file(join(base, file["path"])))).read()
+            rows = stored.select(FILE_SCHEMA.names).cast(FILE_SCHEMA)
+            kept = rows.filter(pc.invert(is_gone(file["model"], rows)))
+            if len(kept) == len(rows):
+                return 0, []
+            partition = {MODEL: file["model"]}
+            gone = RemoveAction(file["path"], True, int(time.time() * 1000), file["size_bytes"], partition)
+            if not len(kept):
+                return len(rows), [gone]
+            record = write_file(self.uri, self.storage, kept, model=file["model"], model_version="", shard_id="")
+            return len(rows) - len(kept), [gone, _add_action(record)]
+
+        removed = 0
+        with ThreadPoolExecutor(REWRITES_AT_ONCE) as pool:
+            for start in range(0, len(files), REWRITES_PER_COMMIT):
+                chunk = files.slice(start, REWRITES_PER_COMMIT).to_pylist()
+                counts, actions = zip(*pool.map(rewrite, chunk), strict=True)
+                if sum(counts):
+                    self._check_fence()
+                    self._fence += 1
+                    self._commit(list(itertools.chain(*actions)))
+                    removed += sum(counts)
+        return removed
 
     def vacuum(self) -> int:
         """Delete data files that the log does not name: what killed runs left behind. Returns how many.
@@ -322,37 +365,17 @@ def _add_action(file: FileRecord) -> AddAction:
 
 
 def file_stats(rows: pa.Table) -> str:
-    """Delta's statistics of a file as JSON: rows, and minimum, maximum and nulls of every plain column and struct leaf.
-
-    All of them, because readers take a column without bounds in a file with bounds for a column without values.
-    """
-    low, high, nulls = _bounds(rows)
-    return json.dumps({"numRecords": len(rows), "minValues": low, "maxValues": high, "nullCount": nulls})
-
-
-def _bounds(rows: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Delta's statistics of a file as JSON: rows, and minimum, maximum and nulls of each of STATS_COLUMNS."""
     low: dict[str, Any] = {}
     high: dict[str, Any] = {}
     nulls: dict[str, Any] = {}
-    for field in rows.schema:
-        column = rows.column(field.name)
-        if pa.types.is_struct(field.type):
-            leaves = pa.table({leaf.name: pc.struct_field(column, leaf.name) for leaf in field.type})
-            low[field.name], high[field.name], nulls[field.name] = _bounds(leaves)
-        elif not pa.types.is_nested(field.type) and not pa.types.is_binary(field.type):
-            nulls[field.name] = column.null_count
-            if column.null_count < len(column):
-                low[field.name], high[field.name] = _range(column)
-    return low, high, nulls
-
-
-def _range(column: Any) -> tuple[Any, Any]:
-    if pa.types.is_floating(column.type) and not pc.all(pc.is_finite(column)).as_py():
-        # JSON has no NaN and no infinity; bounds that are too wide only make readers look.
-        widest = float(np.finfo(column.type.to_pandas_dtype()).max)
-        return -widest, widest
-    bounds = pc.min_max(column)
-    return _plain(bounds["min"].as_py()), _plain(bounds["max"].as_py())
+    for name in STATS_COLUMNS:
+        column = rows.column(name)
+        nulls[name] = column.null_count
+        if column.null_count < len(column):
+            bounds = pc.min_max(column)
+            low[name], high[name] = (_plain(bounds[side].as_py()) for side in ("min", "max"))
+    return json.dumps({"numRecords": len(rows), "minValues": low, "maxValues": high, "nullCount": nulls})
 
 
 def _plain(value: Any) -> Any:
@@ -361,7 +384,3 @@ def _plain(value: Any) -> Any:
 
 def _delta_uri(uri: str) -> str:
     return uri.removeprefix("file://")
-
-
-def _sql(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"

@@ -31,11 +31,15 @@ class Category:
 
 @dataclass(frozen=True)
 class Taxonomy:
-    """A label space. `void_id` marks pixels without a class: 255 where all ids are below it, else 65535."""
+    """A label space. `void_id` marks pixels without a class: 255 where all ids are below it, else 65535.
+
+    `void_ids` are further ids that mean the same in the data set's own files, such as CamVid's 11 or ADE20K's 0.
+    """
 
     name: str
     source: str
     categories: tuple[Category, ...]
+    void_ids: tuple[int, ...] = ()
 
     @functools.cached_property
     def by_id(self) -> Mapping[int, Category]:
@@ -56,9 +60,12 @@ class Taxonomy:
 
     def describe(self) -> dict[str, Any]:
         """Plain values that `build_taxonomy` takes back."""
+        # Absent where empty: a model's version is a hash over this, and it is older than the field.
+        void_ids = {"void_ids": list(self.void_ids)} if self.void_ids else {}
         return {
             "name": self.name,
             "source": self.source,
+            **void_ids,
             "categories": [
                 {"id": c.id, "name": c.name, "kind": c.kind, "color": list(c.color)} for c in self.categories
             ],
@@ -92,11 +99,12 @@ def load_taxonomy(name_or_uri: str, storage: Mapping[str, Any] | None = None) ->
 @functools.cache
 def bundled_taxonomies() -> tuple[str, ...]:
     folder = resources.files("pipeline") / "taxonomies"
-    return tuple(sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")))
+    names = {item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")}
+    return tuple(sorted(names - {"aliases"}))
 
 
 def parse_taxonomy(text: str, where: str) -> Taxonomy:
-    """Build a taxonomy from YAML: `name`, `source`, `categories: [{id, name, kind, color}]`."""
+    """Build a taxonomy from YAML: `name`, `source`, `categories: [{id, name, kind, color}]`, optional `void_ids`."""
     return build_taxonomy(load_yaml(text, where), where)
 
 
@@ -107,12 +115,15 @@ def build_taxonomy(tree: Any, where: str) -> Taxonomy:
             Category(int(item["id"]), str(item["name"]), item["kind"], tuple(int(c) for c in item["color"]))  # type: ignore[arg-type]
             for item in tree["categories"]
         )
-        taxonomy = Taxonomy(str(tree["name"]), str(tree["source"]), categories)
+        void_ids = tuple(int(value) for value in tree.get("void_ids", ()))
+        taxonomy = Taxonomy(str(tree["name"]), str(tree["source"]), categories, void_ids)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{where} holds no taxonomy: {type(error).__name__}: {error}") from error
     ids = taxonomy.ids
     if not ids or len(set(ids)) != len(ids) or min(ids) < 0 or max(ids) >= 65535:
         raise ConfigError(f"{where}: ids must be unique, 0 to 65534, at least one; got {sorted(ids)[:20]}")
+    if set(void_ids) & set(ids) or (void_ids and not 0 <= min(void_ids) <= max(void_ids) <= 65535):
+        raise ConfigError(f"{where}: void_ids must be 0 to 65535 and no category's, got {list(void_ids)}")
     for category in categories:
         if (
             category.kind not in ("thing", "stuff")

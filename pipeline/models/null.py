@@ -9,6 +9,8 @@ __all__ = ["Null"]
 class Null(nn.Module):
     """The first class everywhere: logits_BKHW with 1 for class 0 and 0 elsewhere, a view that takes no memory."""
 
+    logits_K: Tensor
+
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.register_buffer("logits_K", torch.eye(num_classes)[0])

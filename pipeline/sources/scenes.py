@@ -50,11 +50,11 @@ class Scene:
     depth_HW: float32 metres along the optical axis, below 65; 0 = invalid, which is the sky.
     """
 
-    image_HWC: npt.NDArray[np.uint8]  # noqa: N815
-    semantic_HW: npt.NDArray[np.uint8]  # noqa: N815
-    segment_HW: npt.NDArray[np.int32]  # noqa: N815
+    image_HWC: npt.NDArray[np.uint8]
+    semantic_HW: npt.NDArray[np.uint8]
+    segment_HW: npt.NDArray[np.int32]
     segments: tuple[SceneSegment, ...]
-    depth_HW: npt.NDArray[np.float32]  # noqa: N815
+    depth_HW: npt.NDArray[np.float32]
 
 
 def render_scene(index: int, *, seed: int = 0, width: int = 256, height: int = 192) -> Scene:

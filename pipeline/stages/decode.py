@@ -23,7 +23,8 @@ DECODED_BYTES = 512_000_000
 class Decoded:
     """One sample after decoding. prepared: one entry per model, None where that model has its row already.
 
-    width, height: of the decoded image, 0 where `error` is set. read_s, decode_s, prepare_s: thread seconds spent on it.
+    width, height: of the decoded image, 0 where `error` is set.
+    read_s, decode_s, prepare_s: thread seconds spent on it.
     """
 
     image_id: str

@@ -89,7 +89,7 @@ class Predict:
             return [_checked(prediction) for prediction in self._forward(batch)]
         except RunError:
             raise
-        except Exception as error:  # a model may raise anything
+        except Exception as error:  # noqa: BLE001  (a model may raise anything)
             if not _is_out_of_memory(error):
                 if len(batch) == 1:
                     text = " ".join(str(error).split())[:500]

@@ -27,8 +27,11 @@ class LabelPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkItem:
-    """One unit to label. index: its number in the run's plan. done: per model, positions that have their row. attempts: per model, earlier tries by
-    position, of rows that failed before."""
+    """One unit to label.
+
+    index: its number in the run's plan. done: per model, positions that have their row. attempts: per model, earlier
+    tries by position, of rows that failed before.
+    """
 
     index: int
     unit: Unit

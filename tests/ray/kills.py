@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VICTIMS = ("driver", "actor", "worker")
@@ -91,7 +92,7 @@ def rows_now(output: Path) -> int:
     """Committed rows, 0 before there is a table."""
     try:
         actions = DeltaTable(str(output)).get_add_actions(flatten=True)
-    except Exception:
+    except (DeltaError, OSError):
         return 0
     return sum(actions.column("num_records").to_pylist())
 

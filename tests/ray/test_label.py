@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import duckdb
@@ -186,7 +188,8 @@ def test_loose_files_with_an_unreadable_object(tmp_path: Path) -> None:
     os.mkfifo(folder / "pipe.txt")
     (folder / "gone.jpg").symlink_to("nowhere.jpg")
     output = tmp_path / "labels"
-    assert run_label("source.format=files", f"source.uri={folder}", *NULL, f"output.uri={output}", "failure_budget=1") == 0
+    arguments = ("source.format=files", f"source.uri={folder}", *NULL, f"output.uri={output}", "failure_budget=1")
+    assert run_label(*arguments) == 0
     rows = {row["image_id"]: row["status"] for row in rows_of(output)}
     assert {key: value for key, value in rows.items() if key != "gone.jpg"} == {f"{i}.jpg": "ok" for i in range(5)}
     assert rows.get("gone.jpg", "failed") == "failed"
@@ -282,10 +285,8 @@ def test_a_model_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.syspath_prepend(str(package))
     monkeypatch.setenv("PYTHONPATH", str(package))
     arguments = (*SCENES, "source.count=3", "models.0.spec=my_model:SPEC", f"output.uri={tmp_path / 'labels'}")
-    import subprocess
-    import sys
-
-    ended = subprocess.run([sys.executable, "-m", "jobs.label", *arguments], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "jobs.label", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert {row["model"] for row in rows_of(tmp_path / "labels")} == {"mine"}
 
