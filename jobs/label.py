@@ -10,8 +10,9 @@ from types import FrameType
 from typing import Any
 
 from jobs.common import Interrupted, config_job
-from pipeline import dataflow
 from pipeline.config import LabelConfig
+from pipeline.dataflow import cluster
+from pipeline.dataflow.label import label_windows, resolve_models
 from pipeline.errors import RunError, StorageError
 from pipeline.models.load import check_models
 from pipeline.progress import Reporter, counts_table, duration, limiting_stage, stage_shares
@@ -26,6 +27,8 @@ __all__ = ["label", "main"]
 
 PASSES = 3
 TICK_S = 1.0
+# Counting a table of millions of files takes the driver seconds: at most one in fifty.
+COUNTING_SHARE = 50.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,11 +43,11 @@ def label(config: LabelConfig) -> int:
     started = time.monotonic()
     plan = plan_table(open_source(config.source).plan())
     reporter.say(f"planned {len(plan)} units in {time.monotonic() - started:.1f} s")
-    dataflow.connect(config.ray_address, config.resources.object_store_bytes)
+    cluster.connect(config.ray_address, config.resources.object_store_bytes)
     # After connecting: Ray installs handlers of its own.
     with _signals_interrupt():
-        pool = dataflow.plan_pool(config.resources)
-        models = dataflow.resolve_models(config, pool)
+        pool = cluster.plan_pool(config.resources)
+        models = resolve_models(config, pool)
         for model in models:
             warning = "" if model["commercial"] else "  (no commercial use)"
             reporter.say(
@@ -64,9 +67,9 @@ def label(config: LabelConfig) -> int:
             raise
         except RunError as error:
             reporter.stop()
-            with contextlib.suppress(RunError):
-                run.commit()
-                run.write_run("stopped", error=str(error), counts=_plain(run))
+            for last_act in (run.commit, lambda: run.write_run("stopped", error=str(error), counts=_plain(run))):
+                with contextlib.suppress(RunError):
+                    last_act()
             raise
         reporter.stop()
         run.table.vacuum()
@@ -77,7 +80,7 @@ def label(config: LabelConfig) -> int:
 
 
 def _label_all(
-    config: LabelConfig, run: LabelRun, pool: dataflow.Pool, models: list[dict[str, Any]], reporter: Reporter
+    config: LabelConfig, run: LabelRun, pool: cluster.Pool, models: list[dict[str, Any]], reporter: Reporter
 ) -> None:
     work = run.pending()
     for _ in range(PASSES):
@@ -93,7 +96,7 @@ def _label_all(
             seed=config.seed,
         )
         reporter.say(f"{len(work)} of {len(run.plan)} units to label with {pool.workers} workers")
-        _label_pass(config, run, dataflow.label_windows(work, label_plan, pool, models), pool, reporter)
+        _label_pass(config, run, label_windows(work, label_plan, pool, models), pool, reporter)
         # Units can only be left where a task ran twice with another cut; they are simply planned again.
         work = run.pending()
     if len(work):
@@ -101,13 +104,13 @@ def _label_all(
 
 
 def _label_pass(
-    config: LabelConfig, run: LabelRun, windows: Iterator[Any], pool: dataflow.Pool, reporter: Reporter
+    config: LabelConfig, run: LabelRun, windows: Iterator[Any], pool: cluster.Pool, reporter: Reporter
 ) -> None:
     total, done = _images(run)
     reporter.start(total, done)
     taken = run.images
-    committed = time.monotonic()
-    started = committed
+    started = committed = counted = time.monotonic()
+    counting_s = 0.0
     threads = thread_count(config.resources.decode_threads)
     stream = ticking(windows, count=64, weight=lambda _: 0, limit=1, tick_s=TICK_S)
     with contextlib.closing(stream):  # type: ignore[type-var]
@@ -117,8 +120,11 @@ def _label_pass(
             now = time.monotonic()
             if now - committed >= config.output.commit_interval_s:
                 run.commit()
-                total, _ = _images(run)
                 committed = now
+            if now - counted >= max(config.output.commit_interval_s, COUNTING_SHARE * counting_s):
+                total, _ = _images(run)
+                counted = time.monotonic()
+                counting_s = counted - now
             limit = limiting_stage(
                 run.seconds,
                 wall_s=now - started,
@@ -150,7 +156,7 @@ def _plain(run: LabelRun) -> list[dict[str, Any]]:
     ]
 
 
-def _summarise(config: LabelConfig, run: LabelRun, reporter: Reporter, pool: dataflow.Pool) -> None:
+def _summarise(config: LabelConfig, run: LabelRun, reporter: Reporter, pool: cluster.Pool) -> None:
     seconds = time.monotonic() - run.started
     uri = config.output.uri
     reporter.console.print(counts_table(run.counts()))
@@ -165,7 +171,8 @@ def _summarise(config: LabelConfig, run: LabelRun, reporter: Reporter, pool: dat
         reporter.say(f"nothing was left to label; looked for {duration(seconds)}")
     reporter.say(f"table: {uri}  (run {run.run_id}, see run.json)")
     reporter.say(f"  maskmill status {uri}    maskmill preview {uri}")
-    reporter.say(f'  python: deltalake.DeltaTable("{uri}").to_pyarrow_table(columns=["image_id", "status"])')
+    options = ", storage_options=..." if config.output.storage else ""
+    reporter.say(f'  python: deltalake.DeltaTable("{uri}"{options}).to_pyarrow_table(columns=["image_id", "status"])')
 
 
 @contextlib.contextmanager

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from jobs.common import config_job
-from pipeline import dataflow
 from pipeline.config import PackConfig
+from pipeline.dataflow import cluster
 from pipeline.progress import Reporter, duration
 from pipeline.sources.base import Unit
 from pipeline.sources.pack import pack_unit
@@ -27,9 +27,9 @@ def pack(config: PackConfig) -> int:
     reporter = Reporter()
     started = time.monotonic()
     plan = plan_table(open_source(config.source).plan())
-    dataflow.connect(config.ray_address)
+    cluster.connect(config.ray_address)
     images = units = 0
-    for _, count in dataflow.map_units(plan, partial(_pack_one, config)):
+    for _, count in cluster.map_units(plan, partial(_pack_one, config)):
         images, units = images + count, units + 1
         reporter.update(done=images, total=images, failed=0, limit="write")
     seconds = time.monotonic() - started

@@ -5,7 +5,8 @@ Axes beside those of schema.py: A area ranges, T IoU thresholds, R recall points
 """
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +106,7 @@ class Detection:
             return states[0] if states else self
         keys = [key for state in states for key in state.image_key]
         columns = {name: np.concatenate([getattr(state, name) for state in states]) for name in COLUMNS}
-        return cls_from(keys, columns)
+        return self._ordered(keys, columns)
 
     def compute(self, weights: npt.NDArray[np.integer[Any]] | None = None) -> "DetectionScores":
         """The figures; with `weights`, as if image i of `image_key` occurred weights[i] times (bootstrap, slices)."""
@@ -168,7 +169,7 @@ class Detection:
         """The inverse of `to_row`, bit by bit. Raises SchemaError for a row that is none."""
         try:
             columns = {name: np.array(row[name], dtype) for name, dtype in COLUMNS.items()}
-            return cls_from([str(key) for key in row["image_key"]], columns)
+            return cls._ordered([str(key) for key in row["image_key"]], columns)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise SchemaError(f"expected detection records: {type(error).__name__}: {error}") from error
 
@@ -186,7 +187,39 @@ class Detection:
             whole = whole.combine_chunks()
         flat = {field.name: values.flatten() for field, values in zip(DETECTION, whole.flatten(), strict=True)}
         columns = {name: np.asarray(flat[name].to_numpy(zero_copy_only=False), dt) for name, dt in COLUMNS.items()}
-        return cls_from(flat["image_key"].to_pylist(), columns)
+        return cls._ordered(flat["image_key"].to_pylist(), columns)
+
+    @classmethod
+    def _ordered(cls, keys: Sequence[str], columns: Mapping[str, npt.NDArray[Any]]) -> "Detection":
+        """Records in the order of their keys. Raises SchemaError where they do not fit together."""
+        predictions, targets = columns["predictions"], columns["targets"]
+        lengths = {
+            "predictions": len(keys),
+            "targets": len(keys),
+            **dict.fromkeys(("category_id", "score", "matched", "ignored"), int(predictions.sum())),
+            "target_category_id": int(targets.sum()),
+            "target_count": int(targets.sum()) * len(AREAS),
+        }
+        if any(columns[name].shape != (length,) for name, length in lengths.items()):
+            got = {name: len(column) for name, column in columns.items()}
+            raise SchemaError(f"expected detection records of {lengths}, got {got}")
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        ordered = tuple(keys[index] for index in order)
+        twice = [key for key, following in itertools.pairwise(ordered) if key == following]
+        if twice:
+            raise SchemaError(f"expected each image once in detection records, got {twice[0]!r} twice")
+        if ordered == tuple(keys):
+            return cls(ordered, *(columns[name] for name in COLUMNS))
+        image = np.array(order)
+        pred_rows, target_rows = _rows_of(image, predictions), _rows_of(image, targets)
+        sorted_columns = {
+            "predictions": predictions[image],
+            "targets": targets[image],
+            **{name: columns[name][pred_rows] for name in ("category_id", "score", "matched", "ignored")},
+            "target_category_id": columns["target_category_id"][target_rows],
+            "target_count": columns["target_count"].reshape(-1, len(AREAS))[target_rows].ravel(),
+        }
+        return cls(ordered, *(sorted_columns[name] for name in COLUMNS))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Detection):
@@ -238,7 +271,7 @@ class Detection:
 
 @dataclass(frozen=True, eq=False)
 class DetectionScores:
-    """The 12 figures and what they are means of. NaN = no evidence. S is an index of (area range, limit of predictions).
+    """The 12 figures and what they are means of. NaN = no evidence. S: (area range, limit of predictions), SETTINGS.
 
     precision_STKR: at 101 recall points; S 0 is the PR curve over all areas with 100 predictions an image and category.
     recall_STK: the largest recall. confidence_TKR: the score at which S 0 reaches each recall point (0: it does not).
@@ -337,9 +370,11 @@ def _count_targets(
     return ids.astype(np.int32), count
 
 
-def cls_from(keys: Sequence[str], columns: Mapping[str, npt.NDArray[Any]]) -> Detection:
-    raise NotImplementedError
-
-
-def merge_all(states: Iterable[Detection]) -> Detection:
-    return Detection.empty().merge(*states)
+def _rows_of(image: npt.NDArray[np.intp], count: npt.NDArray[np.int32]) -> npt.NDArray[np.intp]:
+    """Where the items of images lie, image after image, in an array that holds `count` items of each."""
+    ends = np.cumsum(count, dtype=np.intp)
+    taken = count[image].astype(np.intp)
+    begins = np.repeat((ends - count)[image], taken)
+    within = np.arange(taken.sum()) - np.repeat(np.cumsum(taken) - taken, taken)
+    rows: npt.NDArray[np.intp] = begins + within
+    return rows

@@ -86,7 +86,7 @@ def main() -> int:
         width=width,
         height=height,
     )
-    from pipeline.dataflow import MALLOC
+    from pipeline.dataflow.cluster import MALLOC
     from pipeline.models.registry import find_model
 
     preprocess = find_model(arguments.model).preprocess

@@ -1,0 +1,172 @@
+"""The cluster: joining it, what fits on it, mapping units over it, and its errors as ours. Imports no model code."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+import ray
+from ray.data import DataContext, Dataset, TaskPoolStrategy
+from ray.exceptions import RayError, RayTaskError
+
+from pipeline.config import Resources
+from pipeline.errors import ConfigError, RunError, StorageError
+from pipeline.sources.base import Unit
+from pipeline.units import row_to_unit
+
+__all__ = ["ENVIRONMENT", "Pool", "connect", "map_units", "plan_pool", "quiet_context", "ray_errors", "unit_blocks"]
+
+LOCAL_OBJECT_STORE_BYTES = 1_000_000_000
+# glibc gives large blocks back to the kernel at every free, and threads' own arenas hold nothing above 64 MB, so
+# decoders and CPU models spend half their time in page faults. One arena that keeps what it has: 1.6 times the forward
+# passes of unet_small in a thread, half the CPU of decoding a JPEG (docs/decisions/0003-malloc.md).
+MALLOC = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "1073741824",
+    "MALLOC_TRIM_THRESHOLD_": "4294967296",
+    "MALLOC_TOP_PAD_": "67108864",
+}
+# One environment for all of a run, so that a worker process that has imported torch can be used again.
+ENVIRONMENT = {"env_vars": MALLOC}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """The actors of a run: how many, and what Ray reserves for each."""
+
+    workers: int
+    gpus: float
+    cpus: float
+    memory_bytes: int | None
+
+
+def connect(ray_address: str | None, object_store_bytes: int | None = None) -> None:
+    """Join the cluster at `ray_address` or RAY_ADDRESS, else start a local one for this process.
+
+    Raises ConfigError where the cluster cannot be joined.
+    """
+    if ray.is_initialized():
+        return
+    address = ray_address or os.environ.get("RAY_ADDRESS")
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    # Ray's C++ side writes to the terminal past every Python logger, even for what is no problem of the user's.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    try:
+        with _stderr_closed():
+            if address and address != "local":
+                ray.init(address=address, **quiet)
+            else:
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    object_store_memory=object_store_bytes or LOCAL_OBJECT_STORE_BYTES,
+                    **quiet,
+                )
+    except (RayError, ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"cannot join the Ray cluster at {address or 'this machine'}: {error}") from error
+
+
+@contextlib.contextmanager
+def _stderr_closed() -> Iterator[None]:
+    """Keep the C++ side's start-up lines off the terminal; what goes wrong is raised."""
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+def plan_pool(resources: Resources) -> Pool:
+    """Settle `auto` by what the cluster has, and refuse what no node can hold: Ray would wait for it in silence.
+
+    Raises ConfigError.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus_in_all = sum(node.get("GPU", 0.0) for node in nodes)
+    gpus = resources.gpus_per_worker
+    if gpus == "auto":
+        gpus = 1.0 if gpus_in_all else 0.0
+    cpus, memory = resources.cpus_per_worker, resources.memory_per_worker_bytes
+    fitting = [
+        node
+        for node in nodes
+        if node.get("GPU", 0.0) >= gpus and node.get("CPU", 0.0) >= cpus and node.get("memory", 0.0) >= (memory or 0)
+    ]
+    if not fitting:
+        have = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
+        raise ConfigError(
+            f"no node can hold a worker of {cpus:g} CPU, {gpus:g} GPU"
+            f"{f', {memory} bytes' if memory else ''} (resources); the cluster has: {have}"
+        )
+    workers = resources.workers
+    if workers == "auto":
+        workers = sum(int(node["GPU"] // gpus) for node in fitting) if gpus else len(fitting)
+    elif gpus and workers > sum(int(node["GPU"] // gpus) for node in fitting):
+        raise ConfigError(f"resources.workers is {workers} with {gpus:g} GPU each, the cluster has {gpus_in_all:g} GPU")
+    return Pool(workers=workers, gpus=gpus, cpus=cpus, memory_bytes=memory)
+
+
+def map_units(plan: pa.Table, function: Callable[[Unit, int], int]) -> Iterator[tuple[int, int]]:
+    """Call `function(unit, index)` for each row of a plan in CPU tasks; gives (index, result) as they end."""
+
+    def call(work: pa.Table) -> pa.Table:
+        (row,) = work.to_pylist()
+        result = function(row_to_unit(row), row["index"])
+        return pa.table({"index": [row["index"]], "result": pa.array([result], pa.int64())})
+
+    quiet_context()
+    results = unit_blocks(plan.append_column("index", pa.array(range(len(plan))))).map_batches(
+        call, batch_size=None, batch_format="pyarrow", num_cpus=1, runtime_env=ENVIRONMENT
+    )
+    with ray_errors():
+        for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for row in batch.to_pylist():
+                yield row["index"], row["result"]
+
+
+def quiet_context() -> None:
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # Each block is one row: a unit on its way out, a result on its way back at the moment it is there.
+    context.target_max_block_size = 1
+    context.target_min_block_size = 1
+
+
+def unit_blocks(work: pa.Table) -> Dataset:
+    """One block per unit, made as workers ask for them. The fraction of a CPU keeps the stage from being fused."""
+    return ray.data.from_arrow(work).map_batches(
+        _one_by_one, batch_size=None, batch_format="pyarrow", num_cpus=0.01, compute=TaskPoolStrategy(size=1)
+    )
+
+
+def _one_by_one(work: pa.Table) -> Iterator[pa.Table]:
+    for start in range(len(work)):
+        yield work.slice(start, 1)
+
+
+class ray_errors:  # noqa: N801  (used as a context manager, like contextlib's)
+    """Bring a worker's own RunError back out of what Ray wraps around it."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        seen: set[int] = set()
+        cause = error
+        while cause is not None and id(cause) not in seen:
+            seen.add(id(cause))
+            if isinstance(cause, RayTaskError):
+                cause = cause.cause
+                continue
+            if isinstance(cause, RunError):
+                raise type(cause)(str(cause)) from error
+            cause = cause.__cause__ or cause.__context__
+        if isinstance(error, RayError) and not isinstance(error, RayTaskError):
+            raise StorageError(f"the Ray cluster failed: {error}") from error
