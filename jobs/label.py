@@ -67,9 +67,11 @@ def label(config: LabelConfig) -> int:
             raise
         except RunError as error:
             reporter.stop()
-            for last_act in (run.commit, lambda: run.write_run("stopped", error=str(error), counts=_plain(run))):
-                with contextlib.suppress(RunError):
-                    last_act()
+            # What stopped the run may stop the last commit too; it must not keep the reason from being written.
+            with contextlib.suppress(RunError):
+                run.commit()
+            with contextlib.suppress(RunError):
+                run.write_run("stopped", error=str(error), counts=_plain(run))
             raise
         reporter.stop()
         run.table.vacuum()

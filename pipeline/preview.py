@@ -26,6 +26,7 @@ __all__ = ["contact_sheet", "overlay", "pick_rows"]
 
 TILE = 320
 CAPTION = 20
+MAX_CAPTION = 300
 GAP = 8
 BACKGROUND = (24, 26, 30)
 TEXT = (225, 228, 232)
@@ -44,20 +45,24 @@ def pick_rows(table: PredictionTable, model: str, version: str, count: int, seed
     def rank(*key: object) -> bytes:
         return hashlib.blake2b(repr((seed, *key)).encode(), digest_size=8).digest()
 
+    files = table.files().filter(pc.field("model") == model)
+    labelled = files.filter((pc.field("model_version") == version) & (pc.field("failed") < pc.field("rows")))
+    unclear = files.column("shard_id").null_count or files.column("model_version").null_count
+    found_in = table.shards() if unclear else labelled.column("shard_id").unique()
     # Of a billion rows in a million shards only the keys of as many shards are read as it takes.
-    shards = sorted(table.shards().to_pylist(), key=rank)
+    shards = sorted(found_in.to_pylist(), key=rank)
     positions: dict[str, list[int]] = {}
     for start in range(0, len(shards), count):
         own = wanted & pc.field("shard_id").isin(pa.array(shards[start : start + count], pa.string()))
         for batch in table.scan(["shard_id", "position"], own):
             for shard_id, position in zip(batch["shard_id"].to_pylist(), batch["position"].to_pylist(), strict=True):
                 positions.setdefault(shard_id, []).append(position)
-        if sum(map(len, positions.values())) >= count:
+        if len(positions) >= count:
             break
     turns = [
         (turn, rank(shard_id), shard_id, position)
-        for shard_id, found in positions.items()
-        for turn, position in enumerate(sorted(found, key=lambda position: rank(shard_id, position))[:count])
+        for shard_id in sorted(positions, key=rank)[:count]
+        for turn, position in enumerate(sorted(positions[shard_id], key=lambda place: rank(shard_id, place)))
     ]
     chosen = {(shard_id, position) for _, _, shard_id, position in sorted(turns)[:count]}
     rows: list[dict[str, Any]] = []
@@ -275,8 +280,8 @@ def _lay_out(
 
 def _fit(text: str, draw: ImageDraw.ImageDraw, font: Any, width: int) -> str:
     """The end of a long id tells images apart, so its beginning is cut."""
-    printable = "".join(character if character.isprintable() else "?" for character in text)
-    cut = printable
+    cut = "".join(character if character.isprintable() else "?" for character in text[-MAX_CAPTION:])
+    cut = "…" + cut if len(text) > MAX_CAPTION else cut
     while cut and draw.textlength(cut, font) > width:
         cut = "…" + cut[2:] if cut.startswith("…") else "…" + cut[1:]
     return cut

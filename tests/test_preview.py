@@ -22,6 +22,7 @@ from pipeline.preview import (
     read_images,
 )
 from pipeline.sources import pack
+from pipeline.sources.base import UnitEnd
 from pipeline.sources.scenes import Scenes, render_scene
 from pipeline.table import PredictionTable
 from pipeline.taxonomy import build_taxonomy, load_taxonomy
@@ -245,7 +246,7 @@ def test_targets_of_the_predictions_kind(make_rows: Any) -> None:
 
 
 @pytest.fixture
-def packed(tmp_path: Path) -> Iterator[tuple[WebdatasetSource, Path]]:
+def packed(tmp_path: Path) -> WebdatasetSource:
     """Two scenes in a tar, with a target of another size and one that is no target."""
     unit = next(Scenes(SCENES).plan())
     samples = [sample for sample in Scenes(SCENES).read(unit, (3,)) if hasattr(sample, "image")]
@@ -261,28 +262,27 @@ def packed(tmp_path: Path) -> Iterator[tuple[WebdatasetSource, Path]]:
                 kept = {name: getattr(sample, name) for name in fields}
                 targets = [small.targets, {"semantic": b"no png", "instances": b"{"}, sample.targets][index]  # type: ignore[union-attr]
                 yield type(sample)(**kept, targets=targets)
+            yield UnitEnd(rows=len(samples))
 
     pack.pack_unit(Changed(), unit, 0, str(tmp_path / "tars"), {}, images_per_shard=9)
-    yield WebdatasetSource(format="webdataset", uri=str(tmp_path / "tars")), tmp_path
+    return WebdatasetSource(format="webdataset", uri=str(tmp_path / "tars"))
 
 
 @pytest.mark.parametrize("make_rows", [scene_rows, segment_rows, depth_rows])
-def test_targets_that_do_not_fit_are_left_out(packed: tuple[WebdatasetSource, Path], make_rows: Any) -> None:
-    source, _ = packed
+def test_targets_that_do_not_fit_are_left_out(packed: WebdatasetSource, make_rows: Any) -> None:
     rows = [{**row, "shard_id": "shard-000000-000.tar"} for row in make_rows([0, 1])]
-    sheet = contact_sheet(source, rows, load_taxonomy("scenes"), "t")
+    sheet = contact_sheet(packed, rows, load_taxonomy("scenes"), "t")
     assert sheet.width > 600
 
 
-def test_images_that_are_no_longer_what_was_labelled_are_left_out(packed: tuple[WebdatasetSource, Path]) -> None:
-    source, _ = packed
+def test_images_that_are_no_longer_what_was_labelled_are_left_out(packed: WebdatasetSource) -> None:
     good, other = ({**row, "shard_id": "shard-000000-000.tar"} for row in scene_rows([0, 1]))
     other |= label_row(np.zeros((3, 3)))
-    both = contact_sheet(source, [good, other], load_taxonomy("scenes"), "t")
-    assert both.size == contact_sheet(source, [good], load_taxonomy("scenes"), "t").size
+    both = contact_sheet(packed, [good, other], load_taxonomy("scenes"), "t")
+    assert both.size == contact_sheet(packed, [good], load_taxonomy("scenes"), "t").size
     for rows in ([other], [{**good, "shard_id": "gone.tar"}]):
         with pytest.raises(ConfigError, match="none of the labelled images could be read"):
-            contact_sheet(source, rows, load_taxonomy("scenes"), "t")
+            contact_sheet(packed, rows, load_taxonomy("scenes"), "t")
 
 
 def test_jobs_preview_writes_a_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

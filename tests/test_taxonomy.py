@@ -13,7 +13,18 @@ from pipeline.errors import ConfigError, StorageError
 from pipeline.taxonomy import Taxonomy, build_taxonomy, bundled_taxonomies, load_taxonomy
 
 # Name: classes, things, first and last id.
-BUNDLED = {"coco80": (80, 80, 1, 90), "scenes": (8, 3, 0, 7), "voc21": (21, 20, 0, 20)}
+BUNDLED = {
+    "ade20k150": (150, 100, 1, 150),
+    "camvid11": (11, 3, 0, 10),
+    "cityscapes19": (19, 8, 0, 18),
+    "cityscapes34": (34, 10, 0, 33),
+    "coco80": (80, 80, 1, 90),
+    "coco_panoptic": (133, 80, 1, 200),
+    "scenes": (8, 3, 0, 7),
+    "voc21": (21, 20, 0, 20),
+}
+# Official colours that several classes share: ADE20K's road and skyscraper, and what Cityscapes draws black or as pole.
+SHARED_COLORS = {"ade20k150": 1, "cityscapes34": 5}
 
 
 def category(number: int = 0, **more: object) -> dict[str, object]:
@@ -40,7 +51,8 @@ def test_bundled(name: str) -> None:
     assert list(taxonomy.ids) == sorted(taxonomy.ids)
     assert len({c.name for c in taxonomy.categories}) == classes
     assert (taxonomy.void_id, taxonomy.dtype) == (255, np.uint8)
-    assert len({c.color for c in taxonomy.categories}) == classes
+    assert len({c.color for c in taxonomy.categories}) == classes - SHARED_COLORS.get(name, 0)
+    assert not set(taxonomy.void_ids) & set(taxonomy.ids)
 
 
 @pytest.mark.parametrize("name", BUNDLED)
@@ -93,6 +105,14 @@ def test_describe_is_the_inverse_of_build(categories: list[dict[str, object]]) -
     assert build_taxonomy(json.loads(json.dumps(taxonomy.describe())), "there") == taxonomy
 
 
+def test_void_ids_are_described_only_where_there_are_any() -> None:
+    # The version of a model is a hash over its taxonomy's description.
+    assert "void_ids" not in build_taxonomy(tree(category()), "here").describe()
+    taxonomy = build_taxonomy({**tree(category()), "void_ids": [7, 255]}, "here")
+    assert taxonomy.void_ids == (7, 255)
+    assert build_taxonomy(taxonomy.describe(), "there") == taxonomy
+
+
 @pytest.mark.parametrize("name", BUNDLED)
 def test_bundled_ones_survive_a_file(name: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
@@ -105,7 +125,7 @@ def test_bundled_ones_survive_a_file(name: str, tmp_path: Path) -> None:
     [
         ("coco", "did you mean coco80?"),
         ("VOC21", "voc21"),
-        ("xyz", "bundled: coco80, scenes, voc21"),
+        ("xyz", f"bundled: {', '.join(sorted(BUNDLED))}"),
         ("a/b.yaml.gz", "or give a .yaml file"),
     ],
 )  # fmt: skip
@@ -130,6 +150,9 @@ WRONG = {
     "kind": yaml.safe_dump(tree(category(kind="things"))),
     "two channels": yaml.safe_dump(tree(category(color=[1, 2]))),
     "too bright": yaml.safe_dump(tree(category(color=[1, 2, 256]))),
+    "void is a class": yaml.safe_dump({**tree(category(1)), "void_ids": [1]}),
+    "void is negative": yaml.safe_dump({**tree(category(1)), "void_ids": [-1]}),
+    "void is no list": yaml.safe_dump({**tree(category(1)), "void_ids": 3}),
     "hex colour": yaml.safe_dump(tree(category(color="#ff0000"))),
     "not yaml": "{a: [",
     "bomb": "a: &a [1]\ncategories: [*a, *a]",

@@ -147,8 +147,14 @@ class Detection:
         )
 
     def image_counts(self, threshold: float = 0.5, min_score: float = 0.0) -> npt.NDArray[np.int64]:
-        """True positives, false positives and missed targets of each image at one IoU threshold, (images, 3)."""
-        bit = 1 << int(np.argmin(abs(THRESHOLDS - threshold)))
+        """True positives, false positives and missed targets of each image at one of THRESHOLDS, (images, 3) int64.
+
+        What ranks images from worst to best, where an AP of one image would say little.
+        """
+        index = int(np.argmin(abs(THRESHOLDS - threshold)))
+        if abs(THRESHOLDS[index] - threshold) > 1e-6:
+            raise ValueError(f"threshold must be one of {THRESHOLDS.round(2).tolist()}, got {threshold}")
+        bit = 1 << index
         counted = ((self.ignored & bit) == 0) & (self.score >= min_score)
         true = counted & ((self.matched & bit) != 0)
         image = np.repeat(np.arange(len(self.image_key)), self.predictions)

@@ -142,7 +142,9 @@ class Objects:
         rles[:] = self.rles()
         if self.area is not None:
             return rles, self.area
-        return rles, np.asarray(coco_mask.area(rles.tolist()), np.float64).reshape(-1)
+        # pycocotools' area refuses more than 255 at once under numpy 2 (an array of uint8 with their number).
+        parts = [coco_mask.area(rles[at : at + 255].tolist()) for at in range(0, len(rles), 255)]
+        return rles, np.concatenate([np.zeros(0), *parts])
 
 
 @dataclass(frozen=True, eq=False)

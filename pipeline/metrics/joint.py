@@ -23,6 +23,8 @@ PIECE_PIXELS = 1 << 17
 # 2 * 25 + 14 = 64. Values from -1 to 2**25 - 2: every id of a panoptic PNG, and a marker. Longer runs are cut.
 VALUE_BITS, RUN_BITS = 25, 14
 MAX_RUN = 1 << RUN_BITS
+SLOT_BITS = 14
+HASH = np.uint64(0x9E3779B97F4A7C15)
 
 
 def joint_counts(first_HW: Integers, second_HW: Integers) -> Joint:
@@ -102,8 +104,7 @@ def _runs(changes: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int64], npt.ND
 
 
 def _sum_runs(first: npt.NDArray[np.int64], second: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> Joint:
-    """Sums the lengths of equal pairs. Pair and length share one uint64, because a plain sort is much faster than one
-    that returns its order."""
+    """Sums the lengths of equal pairs."""
     if min(first.min(), second.min()) < -1 or max(first.max(), second.max()) + 1 >= 1 << VALUE_BITS:
         first_values, first_index = np.unique(first, return_inverse=True)
         second_values, second_index = np.unique(second, return_inverse=True)
@@ -112,11 +113,25 @@ def _sum_runs(first: npt.NDArray[np.int64], second: npt.NDArray[np.int64], lengt
     codes = (first + 1).astype(np.uint64)
     codes <<= VALUE_BITS
     codes |= (second + 1).astype(np.uint64)
+    # A map of segments has a hundred pairs or so, which mostly fall into slots of their own (Fibonacci hashing).
+    slots = ((codes * HASH) >> (64 - SLOT_BITS)).astype(np.int64)
+    owners = np.empty(1 << SLOT_BITS, np.uint64)
+    owners[slots] = codes
+    if np.array_equal(owners[slots], codes):
+        # The weights are sums of whole numbers below 2**53, so float64 holds them exactly.
+        sums = np.bincount(slots, lengths)
+        found = np.flatnonzero(sums)
+        return *_unpair(owners[found]), sums[found].astype(np.int64)
+    # Else sort. Pair and length share one uint64, because a plain sort is much faster than one that returns its order.
     codes <<= RUN_BITS
     codes |= (lengths - 1).astype(np.uint64)
     codes.sort()
     lengths = (codes & (MAX_RUN - 1)).astype(np.int64) + 1
     codes >>= RUN_BITS
     group = np.flatnonzero(np.concatenate([[True], codes[1:] != codes[:-1]]))
-    pairs = codes[group].astype(np.int64)
-    return (pairs >> VALUE_BITS) - 1, (pairs & ((1 << VALUE_BITS) - 1)) - 1, np.add.reduceat(lengths, group)
+    return *_unpair(codes[group]), np.add.reduceat(lengths, group)
+
+
+def _unpair(codes: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    pairs = codes.astype(np.int64)
+    return (pairs >> VALUE_BITS) - 1, (pairs & ((1 << VALUE_BITS) - 1)) - 1

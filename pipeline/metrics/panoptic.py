@@ -27,6 +27,7 @@ Segments = Sequence[Mapping[str, Any]]
 SegmentMap = npt.NDArray[np.integer[Any]]
 
 VOID = 0
+NO_AREA = -(2**62)
 HIGH_BITS, LOW_BITS = 26, 27
 FIELDS = ("iou_high", "iou_low", "tp", "fp", "fn")
 PANOPTIC = class_sums_type(FIELDS)
@@ -73,9 +74,9 @@ class PanopticState(ClassSums):
         target = _Side.parse(target_segments, taxonomy, "target", TargetMismatchError)
         pred = _Side.parse(pred_segments, taxonomy, "prediction", PredictError)
         overlap = _Overlap.of(joint, target, pred)
-        _check_ids(joint, target, pred, overlap)
+        _check_ids(target, pred, overlap)
 
-        iou = overlap.iou(np.where(target.area < 0, overlap.target_area, target.area))
+        iou = overlap.iou(np.where(target.area == NO_AREA, overlap.target_area, target.area))
         if (iou < 0).any() or np.isinf(iou).any():
             at = np.flatnonzero(((iou < 0) | np.isinf(iou)).any(axis=1))[0]
             raise TargetMismatchError(
@@ -97,12 +98,10 @@ class PanopticState(ClassSums):
 
         matched_target, matched_pred = np.nonzero(matched)
         high, low = split_iou(iou[matched_target, matched_pred])
-        matches = np.stack([high, low, np.ones_like(high)], axis=1)
-        sums = np.zeros((len(matches) + int(wrong.sum()) + int(missed.sum()), len(FIELDS)), np.int64)
-        sums[: len(matches), :3] = matches
-        sums[len(matches) : len(matches) + int(wrong.sum()), 3] = 1
-        sums[len(matches) + int(wrong.sum()) :, 4] = 1
         categories = [target.category[matched_target], pred.category[wrong], target.category[missed]]
+        sums = np.zeros((sum(map(len, categories)), len(FIELDS)), np.int64)
+        sums[: len(high), 0], sums[: len(low), 1] = high, low
+        sums[np.arange(len(sums)), np.repeat([2, 3, 4], [len(part) for part in categories])] = 1
         return cls.from_entries(np.concatenate(categories), sums)
 
     def compute(self, taxonomy: Taxonomy) -> dict[str, Any]:
@@ -154,7 +153,7 @@ def _quality(iou_high: int, iou_low: int, tp: int, fp: int, fn: int) -> dict[str
 
 @dataclass(frozen=True)
 class _Side:
-    """Segments of one side by position in their JSON, (S,) each. area: -1 where the JSON has none."""
+    """Segments of one side by position in their JSON, (S,) each. area: NO_AREA where the JSON has none."""
 
     id: npt.NDArray[np.int64]
     category: npt.NDArray[np.int64]
@@ -164,10 +163,7 @@ class _Side:
     @classmethod
     def parse(cls, segments: Segments, taxonomy: Taxonomy, name: str, error: type[RowError]) -> Self:
         try:
-            rows = [
-                (s["id"], s["category_id"], -1 if (area := s.get("area")) is None else area, s.get("iscrowd") or 0)
-                for s in segments
-            ]
+            rows = [(s["id"], s["category_id"], s.get("area", NO_AREA), s.get("iscrowd", 0)) for s in segments]
             table = np.array(rows, np.int64).reshape(len(rows), 4)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as cause:
             raise error(f"the {name}'s segments need id and category_id, got {str(segments)[:200]}") from cause
@@ -234,15 +230,15 @@ def _position(ids: npt.NDArray[np.int64], listed: npt.NDArray[np.int64]) -> npt.
     return np.where(np.append(listed, -1)[found] == ids, found, len(listed))
 
 
-def _check_ids(joint: Joint, target: _Side, pred: _Side, overlap: _Overlap) -> None:
+def _check_ids(target: _Side, pred: _Side, overlap: _Overlap) -> None:
     if (target.id <= VOID).any():
         raise TargetMismatchError(f"the target lists segment {target.id.min()}, but ids start at 1 (0 is void)")
-    strange = np.setdiff1d(overlap.unlisted_target, [VOID])
+    strange = overlap.unlisted_target[overlap.unlisted_target != VOID]
     if len(strange):
-        raise TargetMismatchError(f"the target's map has ids that its JSON lacks: {strange.tolist()[:10]}")
-    strange = np.setdiff1d(overlap.unlisted_pred, [VOID])
+        raise TargetMismatchError(f"the target's map has ids that its JSON lacks: {np.unique(strange).tolist()[:10]}")
+    strange = overlap.unlisted_pred[overlap.unlisted_pred != VOID]
     if len(strange):
-        raise PredictError(f"the prediction's map has ids that its JSON lacks: {strange.tolist()[:10]}")
+        raise PredictError(f"the prediction's map has ids that its JSON lacks: {np.unique(strange).tolist()[:10]}")
     lacking = pred.id[overlap.pred_area == 0]
     if len(lacking):
         raise PredictError(f"the prediction's JSON has ids that its map lacks: {lacking.tolist()[:10]}")
