@@ -1,20 +1,18 @@
 """What several tests need: the shared data, and an S3 endpoint on this machine."""
 
 import os
-import re
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import boto3
 import pytest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from s3_endpoint import S3
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -28,23 +26,6 @@ def shared_data() -> Path:
         if (folder / "coco128").is_dir():
             return folder
     pytest.skip(f"the evaluation data is not in {root} (set MASKMILL_SHARED)")
-
-
-@dataclass(frozen=True)
-class S3:
-    """A moto server. options: as s3fs takes them. requests: what it has answered so far, one line each."""
-
-    options: dict[str, Any]
-    client: Any
-    log: Path
-
-    def requests(self) -> list[str]:
-        text = re.sub(r"\x1b\[[0-9;]*m", "", self.log.read_text(errors="replace"))
-        return [line for line in text.splitlines() if " HTTP/1." in line]
-
-    def bucket(self, name: str) -> str:
-        self.client.create_bucket(Bucket=name)
-        return name
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ import polars
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from conftest import S3
 from pyroaring import BitMap
+from s3_endpoint import S3
 from table_helpers import TIME, keys, make_rows, put
 
 from pipeline.errors import SchemaError, StorageError

@@ -17,19 +17,9 @@ CITYSCAPES = {
     11: (24, "person"), 12: (25, "rider"), 13: (26, "car"), 14: (27, "truck"), 15: (28, "bus"), 16: (31, "train"),
     17: (32, "motorcycle"), 18: (33, "bicycle"),
 }  # fmt: skip
-CAMVID = [
-    "Sky",
-    "Building",
-    "Pole",
-    "Road",
-    "Pavement",
-    "Tree",
-    "SignSymbol",
-    "Fence",
-    "Car",
-    "Pedestrian",
-    "Bicyclist",
-]
+CAMVID = (
+    "Sky", "Building", "Pole", "Road", "Pavement", "Tree", "SignSymbol", "Fence", "Car", "Pedestrian", "Bicyclist",
+)  # fmt: skip
 
 
 def test_coco_panoptic_is_the_data_sets(shared_data: Path) -> None:
@@ -60,7 +50,7 @@ def test_cityscapes_train_ids_are_the_evaluated_label_ids() -> None:
 
 def test_camvid_is_the_data_sets(shared_data: Path) -> None:
     taxonomy = load_taxonomy("camvid11")
-    assert [c.name for c in taxonomy.categories] == CAMVID
+    assert [c.name for c in taxonomy.categories] == list(CAMVID)
     known = {*taxonomy.ids, *taxonomy.void_ids}
     folder = next(path for path in sorted((shared_data / "camvid").rglob("*annot")) if path.is_dir())
     for path in sorted(folder.glob("*.png"))[:5]:

@@ -334,31 +334,20 @@ class _Curve:
         thresholds, size = self.matched_TD.shape
         true_TD = self.matched_TD & ~self.ignored_TD
         false_TD = ~self.matched_TD & ~self.ignored_TD
-        if self.weight_D is None:
-            hits_TD, misses_TD = np.cumsum(true_TD, axis=1), np.cumsum(false_TD, axis=1)
-        else:
-            hits_TD = np.cumsum(true_TD * self.weight_D, axis=1)
-            misses_TD = np.cumsum(false_TD * self.weight_D, axis=1)
-            true_TD &= self.weight_D > 0
+        weight_D = 1 if self.weight_D is None else self.weight_D
+        hits_TD = np.cumsum(true_TD * weight_D, axis=1)
+        precision_TD = hits_TD / (np.cumsum(false_TD * weight_D, axis=1) + hits_TD + np.spacing(1))
+        envelope_TD = np.zeros((thresholds, size + 1))
+        envelope_TD[:, :size] = np.maximum.accumulate(precision_TD[:, ::-1], axis=1)[:, ::-1]
         # How many hits a recall point takes, by the float comparison hits / targets >= point that COCOeval makes.
         needed_R = np.searchsorted(np.arange(self.target_count + 1) / self.target_count, RECALLS, "left")
-        recall_T = np.zeros(thresholds)
-        precision_TR = np.zeros((thresholds, len(RECALLS)))
-        at_TR = np.full((thresholds, len(RECALLS)), size)
-        at_TR[:, 0] = 0
-        for t in range(thresholds):
-            # Precision falls at each miss, so its running maximum from the right is met at hits alone.
-            place = np.flatnonzero(true_TD[t])
-            if not len(place):
-                continue
-            hits = hits_TD[t, place]
-            precision = hits / (misses_TD[t, place] + hits + np.spacing(1))
-            envelope = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
-            reached_R = np.searchsorted(hits, needed_R, "left")
-            recall_T[t] = hits[-1] / self.target_count
-            precision_TR[t] = envelope[reached_R]
-            at_TR[t, 1:] = np.append(place, size)[reached_R[1:]]
-        return recall_T, precision_TR, at_TR
+        # One search for all thresholds: each row's counts are lifted above the row before it.
+        recall_T = hits_TD[:, -1] if size else np.zeros(thresholds, np.int64)
+        row_T1 = np.arange(thresholds)[:, None]
+        lift_T1 = row_T1 * (max(int(recall_T.max()), self.target_count) + 1)
+        reached_TR = np.searchsorted((hits_TD + lift_T1).ravel(), needed_R + lift_T1, "left") - row_T1 * size
+        at_TR = np.minimum(reached_TR, size)
+        return recall_T / self.target_count, np.take_along_axis(envelope_TD, at_TR, axis=1), at_TR
 
 
 def _bits(packed: Ints, area: int) -> npt.NDArray[np.bool_]:

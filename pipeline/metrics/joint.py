@@ -110,11 +110,11 @@ def _sum_runs(first: npt.NDArray[np.int64], second: npt.NDArray[np.int64], lengt
         second_values, second_index = np.unique(second, return_inverse=True)
         first, second, pixels = _sum_runs(first_index, second_index, lengths)
         return first_values[first], second_values[second], pixels
-    codes = (first + 1).astype(np.uint64)
+    codes = (first + 1).view(np.uint64)
     codes <<= VALUE_BITS
-    codes |= (second + 1).astype(np.uint64)
+    codes += (second + 1).view(np.uint64)
     # A map of segments has a hundred pairs or so, which mostly fall into slots of their own (Fibonacci hashing).
-    slots = ((codes * HASH) >> (64 - SLOT_BITS)).astype(np.int64)
+    slots = ((codes * HASH) >> (64 - SLOT_BITS)).view(np.int64)
     owners = np.empty(1 << SLOT_BITS, np.uint64)
     owners[slots] = codes
     if np.array_equal(owners[slots], codes):

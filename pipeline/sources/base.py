@@ -5,6 +5,7 @@ reading yields encoded bytes and never decodes them. A sample that cannot be rea
 nothing vanishes.
 """
 
+import time
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -14,6 +15,7 @@ from pipeline.errors import RowError, StorageError, UnreadableError
 __all__ = ["Sample", "Source", "Unit", "UnitEnd", "read_unit", "unreadable"]
 
 READ_ATTEMPTS = 3
+RETRY_PAUSE_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +115,8 @@ def read_unit(
 ) -> Iterator[Sample | UnitEnd]:
     """`source.read` that survives passing storage faults: it reads again and skips what it has already yielded.
 
-    After `attempts` faults without a sample in between, the rest of the unit becomes one failed sample.
+    It waits 0.5 s after the first fault and twice as long after each further one. After `attempts` faults without a
+    sample in between, the rest of the unit becomes one failed sample.
     """
     seen: set[int] = set()
     position = 0
@@ -127,9 +130,12 @@ def read_unit(
                 yield item
                 seen.add(item.position)
                 position, faults = item.position + 1, 0
+            raise StorageError(f"{unit.shard_id}: the source ended without a UnitEnd")
         except StorageError as error:
             faults += 1
-            if faults >= attempts:
+            if faults < attempts:
+                time.sleep(RETRY_PAUSE_S * 2 ** (faults - 1))
+            else:
                 while position in done:
                     position += 1
                 yield from unreadable(unit, position, f"{error} (after {attempts} attempts)")

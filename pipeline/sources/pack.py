@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
+import fsspec
+
 from pipeline.sources.base import Sample, Source, Unit, UnitEnd, read_unit
 from pipeline.storage import join, open_fs, storage_errors
 
@@ -45,10 +47,20 @@ def pack_unit(
     while True:
         data, count = _tar(islice(samples, images_per_shard))
         if not count:
+            _remove_parts(fs, base, index, part)
             return total
         with storage_errors(uri):
             fs.pipe_file(join(base, f"shard-{index:06d}-{part:03d}.tar"), data)
         total, part = total + count, part + 1
+
+
+def _remove_parts(fs: fsspec.AbstractFileSystem, base: str, index: int, first: int) -> None:
+    """Remove what an earlier run with smaller tars left of this unit, which would be in the folder twice."""
+    part = first
+    with storage_errors(base):
+        while fs.exists(path := join(base, f"shard-{index:06d}-{part:03d}.tar")):
+            fs.rm_file(path)
+            part += 1
 
 
 def _tar(samples: Iterator[Sample]) -> tuple[bytes, int]:

@@ -146,6 +146,14 @@ def test_one_prediction_for_each_target() -> None:
         state.image_counts(0.3)
 
 
+def test_the_last_of_equal_overlaps_is_taken() -> None:
+    # IoU 0.6 with both targets: the second is taken, so the prediction that fits it alone finds it gone.
+    targets = [[0.0, 0.0, 40.0, 40.0], [20.0, 0.0, 40.0, 40.0]]
+    pred = objects([[10, 0, 40, 40], [26, 0, 40, 40]], score=[0.9, 0.8])
+    assert Detection.from_image("a", pred, objects(targets), "bbox").image_counts().tolist() == [[1, 1, 1]]
+    assert Detection.from_image("a", pred, objects(targets[::-1]), "bbox").image_counts().tolist() == [[2, 0, 0]]
+
+
 def test_a_target_that_counts_goes_before_a_better_one_that_does_not() -> None:
     # Small range: the first target's area is outside, so the second is taken although its IoU is lower.
     target = objects([BOX, [10, 10, 40, 36]], area=[5000, 1000])

@@ -32,8 +32,12 @@ def test_the_rows_are_what_torchvision_says() -> None:
         (expected,) = official([torch.from_numpy(image_HWC.copy()).permute(2, 0, 1) / 255])
     order = torch.argsort(expected["scores"], descending=True, stable=True)[:20]
     assert len(order) == 20
-    torch.testing.assert_close(torch.from_numpy(prediction.instances.boxes_N4), expected["boxes"][order], rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(torch.from_numpy(prediction.instances.scores_N), expected["scores"][order], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        torch.from_numpy(prediction.instances.boxes_N4), expected["boxes"][order], rtol=1e-4, atol=1e-3
+    )
+    torch.testing.assert_close(
+        torch.from_numpy(prediction.instances.scores_N), expected["scores"][order], rtol=1e-4, atol=1e-6
+    )
     assert prediction.instances.category_ids_N.tolist() == expected["labels"][order].tolist()
     masks_NHW = (expected["masks"][order][:, 0] > 0.5).numpy()
     masks_NHW = masks_NHW[masks_NHW.any(axis=(1, 2))]

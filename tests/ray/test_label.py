@@ -10,8 +10,8 @@ import duckdb
 import numpy as np
 import pyarrow.dataset as ds
 import pytest
-from conftest import jpeg, png, png_bomb, rows_of, run_json, run_label, tar_bytes
 from deltalake import DeltaTable
+from ray_helpers import jpeg, png, png_bomb, rows_of, run_json, run_label, tar_bytes
 
 from jobs import preview, status
 from pipeline.masks import decode_label_map, decode_rle

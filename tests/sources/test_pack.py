@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import S3
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from s3_endpoint import S3
 from source_helpers import read_all
 
 from pipeline.config import ScenesSource, WebdatasetSource
