@@ -30,7 +30,7 @@ lint: install
 	$(BIN)/mypy
 
 bench: install
-	$(BIN)/python -m pytest tests/benchmarks -m benchmark -s --override-ini=addopts=
+	$(BIN)/python tests/benchmarks/efficiency.py
 
 clean:
 	rm -rf out build *.egg-info .pytest_cache .mypy_cache .ruff_cache

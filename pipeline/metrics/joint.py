@@ -118,10 +118,10 @@ def _sum_runs(first: npt.NDArray[np.int64], second: npt.NDArray[np.int64], lengt
     owners = np.empty(1 << SLOT_BITS, np.uint64)
     owners[slots] = codes
     if np.array_equal(owners[slots], codes):
-        # The weights are sums of whole numbers below 2**53, so float64 holds them exactly.
-        sums = np.bincount(slots, lengths)
-        found = np.flatnonzero(sums)
-        return *_unpair(owners[found]), sums[found].astype(np.int64)
+        sums = np.zeros(1 << SLOT_BITS, np.int64)
+        np.add.at(sums, slots, lengths)
+        found = np.flatnonzero(sums != 0)
+        return *_unpair(owners[found]), sums[found]
     # Else sort. Pair and length share one uint64, because a plain sort is much faster than one that returns its order.
     codes <<= RUN_BITS
     codes |= (lengths - 1).astype(np.uint64)

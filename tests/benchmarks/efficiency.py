@@ -1,6 +1,6 @@
 """How close labelling comes to its limit: end to end over the same model on ready tensors, in one run.
 
-    python tests/benchmarks/efficiency.py --model deeplabv3_mobilenet_v3_large --shards 6 --images 24
+    python tests/benchmarks/efficiency.py --model unet_small --size 640x480
 
 The limit is the bare forward pass over batches of the same shape, on tensors that are already normalised, in a process
 of its own with the same number of threads, memory layout and malloc settings. End to end counts from the first window's
@@ -69,12 +69,12 @@ def end_to_end(model: str, shards: Path, pixels: int, layout: str) -> dict[str, 
 def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="deeplabv3_mobilenet_v3_large")
+    parser.add_argument("--model", default="unet_small")
     parser.add_argument("--shards", type=int, default=6)
-    parser.add_argument("--images", type=int, default=24, help="per shard")
+    parser.add_argument("--images", type=int, default=40, help="per shard")
     parser.add_argument("--size", default="640x480")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--layout", default="fused")
     parser.add_argument("--folder", default=str(Path(tempfile.gettempdir()) / "maskmill-benchmark"))
     arguments = parser.parse_args()
