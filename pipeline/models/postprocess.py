@@ -44,8 +44,11 @@ def semantic_from_logits(logits_KHW: Tensor, frame: Frame, context: PostContext)
 def _argmax_at_size(logits_KHW: Tensor, frame: Frame) -> Tensor:
     size = (frame.height, frame.width)
     if logits_KHW.shape[1:] != size:
-        logits_KHW = functional.interpolate(logits_KHW[None], size=size, mode="bilinear", align_corners=False)[0]
-    return logits_KHW.argmax(0)
+        # With a pixel's classes side by side resizing is 4 times faster on the CPU than on a cut of a padded map, and
+        # `max` is 5 times faster than `argmax`; both give the first of equal values.
+        packed_1KHW = logits_KHW[None].contiguous(memory_format=torch.channels_last)
+        logits_KHW = functional.interpolate(packed_1KHW, size=size, mode="bilinear", align_corners=False)[0]
+    return logits_KHW.max(0).indices
 
 
 def _to_ids(index_HW: Tensor, context: PostContext) -> np.ndarray[Any, Any]:
