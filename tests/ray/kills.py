@@ -99,6 +99,21 @@ def rows_now(output: Path) -> int:
     return sum(actions.column("num_records").to_pylist())
 
 
+def ended_well(process: subprocess.Popen[bytes], report: Report, log: Path) -> bool:
+    """Did the run do its work? A Ray node that misses its heartbeats on a busy machine ends its driver: one more death.
+
+    Raises AssertionError where a run failed by itself.
+    """
+    if process.returncode == 0:
+        return True
+    words = log.read_text()[-4000:]
+    report.node_deaths += 1
+    died = process.returncode == 1 and "marked dead" in words
+    assert died, f"run ended with {process.returncode}: {words}"
+    assert report.node_deaths <= MAX_NODE_DEATHS, f"{report.node_deaths} nodes lost: {words}"
+    return False
+
+
 def kill_session(
     output: Path, *, kills: int, seed: int, count: int, rows_per_file: int, log: Path, kinds: tuple[str, ...] = VICTIMS
 ) -> Report:
@@ -117,25 +132,20 @@ def kill_session(
             before = rows_now(output)
         left = kills - sum(report.kills.values())
         if left == 0:
-            code = process.wait(timeout=RUN_TIMEOUT_S)
-            assert code == 0, f"run ended with {code}: {log.read_text()[-2000:]}"
-            return report
+            process.wait(timeout=RUN_TIMEOUT_S)
+            if ended_well(process, report, log):
+                return report
+            process = None
+            continue
         # Sometimes while it starts up, mostly in the middle of the work.
         if rng.random() < 0.8:
             while process.poll() is None and rows_now(output) <= before and time.monotonic() - began < START_TIMEOUT_S:
                 time.sleep(0.1)
         time.sleep(rng.uniform(0.0, 3.0))
         if process.poll() is not None:
-            if process.returncode != 0:
-                # A Ray node that misses its heartbeats on a busy machine ends its driver: one more death.
-                report.node_deaths += "marked dead" in log.read_text()[-4000:]
-                assert report.node_deaths <= MAX_NODE_DEATHS and process.returncode == 1, (
-                    f"run ended with {process.returncode}: {log.read_text()[-2000:]}"
-                )
-                process = None
-                continue
-            # All is labelled and kills are left: half of it starts anew.
-            forget_half(output)
+            if ended_well(process, report, log):
+                # All is labelled and kills are left: half of it starts anew.
+                forget_half(output)
             process = None
             continue
         kind = rng.choice(kinds)
