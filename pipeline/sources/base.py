@@ -46,9 +46,9 @@ class Unit:
 class Sample:
     """One image as the source holds it.
 
-    image: encoded bytes, empty where `error` is set.
-    targets: encoded targets by kind: `semantic` (PNG), `panoptic` (PNG), `segments` (JSON), `instances` (JSON),
-        `depth` (PNG, 16-bit).
+    image: encoded bytes, empty where `error` is set or only targets were asked for.
+    targets: encoded targets by kind: `semantic` (PNG), `panoptic` (PNG), `segments` (JSON), `instances` (JSON with
+        `annotations`, and the image's `width` and `height` where they are known), `depth` (PNG, or .npy in metres).
     fields: further columns that the source knows (captures of a path template, for slicing reports).
     """
 
@@ -69,20 +69,25 @@ class UnitEnd:
 
 
 class Source(Protocol):
-    """Where samples come from. Instances are small, picklable and hold no open files."""
+    """Where samples come from. Instances are small, picklable and hold no open files.
 
-    def plan(self) -> Iterator[Unit]:
+    `images=False` is for targets alone: no image is asked for, so a missing or broken one is no error, and nothing is
+    transferred for images where that can be helped. Units, image ids and positions are the same either way.
+    """
+
+    def plan(self, *, images: bool = True) -> Iterator[Unit]:
         """List the units in a stable order.
 
-        Raises StorageError where the root is missing or refused, ConfigError where nothing matches.
+        Raises StorageError where the root is missing or refused, ConfigError where nothing matches or where the source
+        has no images and they are asked for.
         """
         ...
 
-    def read(self, unit: Unit, done: Container[int]) -> Iterator[Sample | UnitEnd]:
+    def read(self, unit: Unit, done: Container[int], *, images: bool = True) -> Iterator[Sample | UnitEnd]:
         """Stream the samples of `unit` whose position is not in `done`, by ascending position, then one UnitEnd.
 
-        Raises StorageError for a fault that may pass (a reset, a timeout); what stays wrong is yielded as a Sample
-        with an error.
+        images: as in the call of `plan` that gave the unit. Raises StorageError for a fault that may pass (a reset, a
+        timeout); what stays wrong is yielded as a Sample with an error.
         """
         ...
 
@@ -111,7 +116,7 @@ class _Both:
 
 
 def read_unit(
-    source: Source, unit: Unit, done: Container[int], attempts: int = READ_ATTEMPTS
+    source: Source, unit: Unit, done: Container[int], attempts: int = READ_ATTEMPTS, *, images: bool = True
 ) -> Iterator[Sample | UnitEnd]:
     """`source.read` that survives passing storage faults: it reads again and skips what it has already yielded.
 
@@ -123,7 +128,7 @@ def read_unit(
     faults = 0
     while True:
         try:
-            for item in source.read(unit, _Both(done, seen)):
+            for item in source.read(unit, _Both(done, seen), images=images):
                 if isinstance(item, UnitEnd):
                     yield item
                     return

@@ -1,23 +1,39 @@
-"""COCO annotation files, element by element: the text of each annotation by image, without the whole as objects."""
+"""COCO files, element by element: the text of each annotation by image, without the whole as objects."""
 
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.errors import ConfigError
 
-__all__ = ["read_coco"]
+__all__ = ["CocoImage", "check_field", "read_categories", "read_coco", "read_elements"]
 
 SPACE = re.compile(r"[ \t\r\n]*")
-NAMES = {int: "a number", str: "a string", list: "a list"}
+NAMES = {int: "a number", float: "a number", str: "a string", list: "a list"}
+
+
+@dataclass(frozen=True, slots=True)
+class CocoImage:
+    """One of `images` with its annotations as JSON text. width, height: pixels, 0 where the file does not say."""
+
+    id: str
+    file_name: str
+    width: int
+    height: int
+    annotations: tuple[str, ...] = ()
 
 
 class _Cursor:
     """A place in JSON text. Raises ConfigError where the text is not as expected."""
 
-    def __init__(self, text: str, where: str) -> None:
-        self.text, self.where, self.at = text, where, 0
+    def __init__(self, data: bytes, where: str) -> None:
+        try:
+            self.text = data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{where} is not UTF-8: {error}") from error
+        self.where, self.at = where, 0
         self._decoder = json.JSONDecoder()
 
     def space(self) -> str:
@@ -56,73 +72,119 @@ class _Cursor:
             if self.expect("," + close) == close:
                 return
 
+    def elements(self, name: str) -> Iterator[tuple[str, int, Any]]:
+        """Of each element of the list that begins here: what to call it, where its text starts (it ends at `at`), and
+        its value."""
+        self.expect("[")
+        for index in self.items("]"):
+            self.space()
+            start = self.at
+            value = self.value()
+            yield f"{self.where}: {name}[{index}]", start, value
 
-def read_coco(data: bytes, where: str, needed: Mapping[str, type]) -> Iterator[tuple[str, str, list[str]]]:
-    """(file_name, id, annotations as JSON text) of each image; annotations of images it does not list are left out.
+    def lists(self, *names: str) -> Iterator[str]:
+        """Stops at each list of these names in the object that begins here, to be read; passes over all else."""
+        self.expect("{")
+        for _ in self.items("}"):
+            key = self.value()
+            self.expect(":")
+            opens_list = self.space() == "["
+            if key in names:
+                if not opens_list:
+                    raise ConfigError(f"{self.where}: {key} must be a list")
+                yield key
+            elif opens_list:
+                for _ in self.elements(""):  # never whole in memory: it may be all annotations
+                    pass
+            else:
+                self.value()
+
+
+def read_coco(data: bytes, where: str, needed: Mapping[str, type]) -> Iterator[CocoImage]:
+    """The images of a file with their annotations; annotations of images that it does not list are left out. Ids are
+    compared as text.
 
     needed: what an annotation must have besides `image_id`. Raises ConfigError where the file is not what COCO
     describes, or names an image twice.
     """
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{where} is not UTF-8: {error}") from error
-    cursor = _Cursor(text, where)
+    cursor = _Cursor(data, where)
     if cursor.space() == "[":
         raise ConfigError(f"{where}: expected an object with images and annotations, got a list (a results file?)")
-    cursor.expect("{")
-    images: dict[int | str, str] = {}
-    spans: dict[int | str, list[tuple[int, int]]] = {}
+    images: dict[str, CocoImage] = {}
+    spans: dict[str, list[tuple[int, int]]] = {}
     names: set[str] = set()
     found = set()
-    for _ in cursor.items("}"):
-        key = cursor.value()
-        cursor.expect(":")
-        if key not in ("images", "annotations"):
-            cursor.value()
-            continue
+    for key in cursor.lists("images", "annotations"):
         found.add(key)
-        if cursor.space() != "[":
-            raise ConfigError(f"{where}: {key} must be a list")
-        cursor.at += 1
-        for index in cursor.items("]"):
-            cursor.space()
-            start = cursor.at
-            element = cursor.value()
-            place = f"{where}: {key}[{index}]"
-            if key == "images":
-                _add_image(images, names, element, place)
-            else:
-                owner = _field(element, "image_id", (int, str), place)
+        for place, start, element in cursor.elements(key):
+            if key == "annotations":
+                owner = check_field(element, "image_id", (int, str), place)
                 for name, kind in needed.items():
-                    _field(element, name, (kind,), place)
-                spans.setdefault(owner, []).append((start, cursor.at))
+                    check_field(element, name, (kind,), place)
+                spans.setdefault(str(owner), []).append((start, cursor.at))
+                continue
+            image = _image(element, place)
+            if image.id in images:
+                raise ConfigError(f"{place}: the id {element['id']!r} occurs twice")
+            if image.file_name in names:
+                raise ConfigError(f"{place}: the file_name {image.file_name!r} occurs twice")
+            names.add(image.file_name)
+            images[image.id] = image
     if len(found) < 2:
         lacking = ", ".join({"images", "annotations"} - found)
         raise ConfigError(f"{where}: expected an object with images and annotations, it lacks {lacking}")
-    for number, name in images.items():
-        yield name, str(number), [text[start:end] for start, end in spans.get(number, ())]
+    for image in images.values():
+        yield replace(image, annotations=tuple(cursor.text[start:end] for start, end in spans.get(image.id, ())))
 
 
-def _add_image(images: dict[int | str, str], names: set[str], element: Any, place: str) -> None:
-    number = _field(element, "id", (int, str), place)
-    name = _field(element, "file_name", (str,), place)
-    if number in images:
-        raise ConfigError(f"{place}: the id {number!r} occurs twice")
-    if name in names:
-        raise ConfigError(f"{place}: the file_name {name!r} occurs twice")
-    names.add(name)
-    images[number] = name
+def read_categories(data: bytes, where: str) -> Iterator[Mapping[str, Any]]:
+    """The file's `categories`, each with an id and a name of its own. Raises ConfigError."""
+    cursor = _Cursor(data, where)
+    seen: set[int] = set()
+    for key in cursor.lists("categories"):
+        for place, _, element in cursor.elements(key):
+            number = check_field(element, "id", (int,), place)
+            check_field(element, "name", (str,), place)
+            if number in seen:
+                raise ConfigError(f"{place}: the id {number} occurs twice")
+            seen.add(number)
+            yield element
 
 
-def _field(element: Any, name: str, kinds: tuple[type, ...], place: str) -> Any:
+def read_elements(data: bytes, where: str, *, name: str) -> Iterator[tuple[str, str, Any]]:
+    """What to call each annotation of a file, its JSON text and its value.
+
+    The file is a list of them, which `name` names in messages, or an object that has them as `annotations`. Raises
+    ConfigError.
+    """
+    cursor = _Cursor(data, where)
+    del data  # the cursor has it as text
+    found = False
+    for key in [name] if cursor.space() == "[" else cursor.lists("annotations"):
+        found = True
+        for place, start, element in cursor.elements(key):
+            yield place, cursor.text[start : cursor.at], element
+    if not found:
+        raise ConfigError(f"{where}: expected a list, or an object with annotations; it has none")
+
+
+def check_field(element: Any, name: str, kinds: tuple[type, ...], place: str) -> Any:
+    """The field `name` of a JSON object, of one of `kinds`. Raises ConfigError that begins with `place`."""
     if not isinstance(element, dict):
         raise ConfigError(f"{place} must be an object, got {type(element).__name__}")
     value = element.get(name)
     if not isinstance(value, kinds) or isinstance(value, bool):
-        wanted = " or ".join(NAMES[kind] for kind in kinds)
+        wanted = " or ".join(dict.fromkeys(NAMES[kind] for kind in kinds))
         got = (
             f"got {type(value).__name__}" if name in element else f"it has {', '.join(map(str, element)) or 'nothing'}"
         )
         raise ConfigError(f"{place}: {name} must be {wanted}, {got}"[:500])
     return value
+
+
+def _image(element: Any, place: str) -> CocoImage:
+    number = check_field(element, "id", (int, str), place)
+    name = check_field(element, "file_name", (str,), place)
+    width, height = (element.get(key) for key in ("width", "height"))
+    known = type(width) is int and type(height) is int and width > 0 and height > 0
+    return CocoImage(str(number), name, width if known else 0, height if known else 0)

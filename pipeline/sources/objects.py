@@ -14,9 +14,20 @@ from typing import Any
 import fsspec
 
 from pipeline.errors import ConfigError, ImageTooLargeError, RowError, StorageError, UnreadableError
-from pipeline.storage import clean, open_fs, storage_errors
+from pipeline.storage import Entry, clean, is_http, list_folder, open_fs, storage_errors
 
-__all__ = ["Wanted", "below", "fingerprint", "open_beside", "pack", "read_objects", "unpack"]
+__all__ = [
+    "ObjectReader",
+    "Wanted",
+    "below",
+    "fingerprint",
+    "is_missing",
+    "list_objects",
+    "open_beside",
+    "pack",
+    "read_objects",
+    "unpack",
+]
 
 THREADS = 16
 # The object, not the storage: trying again does not help.
@@ -82,6 +93,42 @@ def read_objects(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+class ObjectReader:
+    """Objects one at a time."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._faults = 0
+
+    def read(self, wanted: Wanted) -> bytes | RowError:
+        """As `read_objects` reads each. Raises StorageError where several in a row fail in a way that may pass."""
+        data = _read(wanted, self.max_bytes)
+        self._faults = self._faults + 1 if isinstance(data, _FaultyError) else 0
+        if self._faults == FAULTS_IN_A_ROW:
+            raise StorageError(str(data))
+        return data
+
+
+def is_missing(result: bytes | RowError | None) -> bool:
+    """Whether an object was read for and is not there."""
+    return isinstance(result, RowError) and isinstance(result.__cause__, FileNotFoundError)
+
+
+def list_objects(fs: fsspec.AbstractFileSystem, folder: str) -> dict[str, Entry] | None:
+    """The files below a folder by path, none where it does not exist; None where listing is not for free or refused,
+    and the objects are to be asked one by one. Raises StorageError."""
+    if is_http(fs):
+        return None
+    with storage_errors(folder):
+        fs.invalidate_cache()
+        try:
+            return list_folder(fs, folder)
+        except PermissionError:
+            return None
+        except FileNotFoundError:
+            return {}
+
+
 def _weight(wanted: Wanted) -> int:
     return UNKNOWN_SIZE if wanted.size_bytes is None else wanted.size_bytes
 
@@ -135,9 +182,7 @@ def _chunks(file: Any, max_bytes: int) -> Iterator[bytes]:
 
 def _check(wanted: Wanted, size: int, max_bytes: int) -> None:
     if size > max_bytes:
-        raise ImageTooLargeError(
-            f"{clean(wanted.path)} has {size} bytes, at most {max_bytes} are read (source.max_bytes)"
-        )
+        raise ImageTooLargeError(f"{clean(wanted.path)} has {size} bytes, at most {max_bytes} are read (max_bytes)")
 
 
 def below(folder: str, name: str) -> str | None:

@@ -21,6 +21,7 @@ TARGET_SUFFIXES = {
     "instances": ".instances.json",
     "depth": ".depth.png",
 }
+NPY = b"\x93NUMPY"
 SIGNATURES = (
     (b"\xff\xd8\xff", ".jpg"),
     (b"\x89PNG", ".png"),
@@ -73,7 +74,7 @@ def _tar(samples: Iterator[Sample]) -> tuple[bytes, int]:
             key = _unique(_key(sample.image_id), keys)
             _add(tar, key + _suffix(sample.image), sample.image)
             for kind, data in sorted(sample.targets.items()):
-                _add(tar, key + TARGET_SUFFIXES[kind], data)
+                _add(tar, key + _target_suffix(kind, data), data)
     return buffer.getvalue(), count
 
 
@@ -95,6 +96,10 @@ def _unique(key: str, taken: set[str]) -> str:
 
 def _suffix(image: bytes) -> str:
     return next((suffix for signature, suffix in SIGNATURES if image.startswith(signature)), ".jpg")
+
+
+def _target_suffix(kind: str, data: bytes) -> str:
+    return ".depth.npy" if kind == "depth" and data.startswith(NPY) else TARGET_SUFFIXES[kind]
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -105,17 +105,17 @@ class ParquetFiles:
             if kind not in KINDS:
                 raise ConfigError(f"source.target_columns: unknown kind {kind!r}; known: {', '.join(KINDS)}")
 
-    @property
-    def _columns(self) -> list[str]:
+    def _columns(self, images: bool) -> list[str]:
         config = self.config
-        names = [config.image_column, config.id_column, *config.target_columns.values(), *config.field_columns]
+        image = config.image_column if images else None
+        names = [image, config.id_column, *config.target_columns.values(), *config.field_columns]
         return list(dict.fromkeys(name for name in names if name is not None))
 
-    def plan(self) -> Iterator[Unit]:
+    def plan(self, *, images: bool = True) -> Iterator[Unit]:
         """See Source. Raises SchemaError where any file lacks a column or has another type in it."""
         fs, root, entries = list_entries(self.config.uri, self.config.storage, suffixes=SUFFIXES)
         left = self.config.limit
-        for entry, footer in self._footers(fs, entries):
+        for entry, footer in self._footers(fs, entries, self._columns(images)):
             for unit in self._units(fs, root, entry, footer):
                 rows = unit.rows or 0
                 if left is None:
@@ -127,13 +127,13 @@ class ParquetFiles:
                     return
 
     def _footers(
-        self, fs: fsspec.AbstractFileSystem, entries: list[Entry]
+        self, fs: fsspec.AbstractFileSystem, entries: list[Entry], columns: list[str]
     ) -> Iterator[tuple[Entry, list[_Group] | str]]:
         waiting: deque[tuple[Entry, Future[list[_Group] | str]]] = deque()
         with ThreadPoolExecutor(FOOTER_THREADS, "maskmill-plan") as pool:
             try:
                 for entry in entries:
-                    waiting.append((entry, pool.submit(self._footer, fs, entry)))
+                    waiting.append((entry, pool.submit(self._footer, fs, entry, columns)))
                     if len(waiting) >= 2 * FOOTER_THREADS:
                         first, future = waiting.popleft()
                         yield first, future.result()
@@ -142,14 +142,14 @@ class ParquetFiles:
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
-    def _footer(self, fs: fsspec.AbstractFileSystem, entry: Entry) -> list[_Group] | str:
+    def _footer(self, fs: fsspec.AbstractFileSystem, entry: Entry, columns: list[str]) -> list[_Group] | str:
         """The row groups of a file, or why it is no Parquet."""
         tries = 0
         while True:
             try:
                 with _opened(fs, entry.path) as parquet:
-                    self._check(parquet.schema_arrow, entry.path)
-                    return _groups(parquet.metadata, set(self._columns))
+                    self._check(parquet.schema_arrow, entry.path, columns)
+                    return _groups(parquet.metadata, set(columns))
             except _BrokenError as error:
                 return str(error)
             except StorageError:
@@ -157,15 +157,13 @@ class ParquetFiles:
                 if tries == FOOTER_TRIES:
                     raise
 
-    def _check(self, schema: pa.Schema, path: str) -> None:
-        for name in self._columns:
+    def _check(self, schema: pa.Schema, path: str, columns: list[str]) -> None:
+        for name in columns:
             if name not in schema.names:
                 raise SchemaError(f"{path} has no column {name!r}; its columns are {', '.join(schema.names)}")
-        kind = schema.field(self.config.image_column).type
-        if not _is_encoded(kind):
-            raise SchemaError(
-                f"{path}: image column {self.config.image_column!r} must be binary or struct<bytes, path>, got {kind}"
-            )
+        image = self.config.image_column
+        if image in columns and not _is_encoded(kind := schema.field(image).type):
+            raise SchemaError(f"{path}: image column {image!r} must be binary or struct<bytes, path>, got {kind}")
         for name in self.config.target_columns.values():
             kind = schema.field(name).type
             if not _is_encoded(kind) and not _is_text(kind):
@@ -202,7 +200,7 @@ class ParquetFiles:
                     cut=number,
                 )
 
-    def read(self, unit: Unit, done: Container[int]) -> Iterator[Sample | UnitEnd]:
+    def read(self, unit: Unit, done: Container[int], *, images: bool = True) -> Iterator[Sample | UnitEnd]:
         """See Source. Where the file turns out to be broken, each row that is left is one failed sample."""
         if unit.payload:
             for item in unreadable(unit, 0, f"no readable Parquet: {unit.payload.decode()}"):
@@ -215,10 +213,10 @@ class ParquetFiles:
             fs, _ = open_fs(self.config.uri, self.config.storage)
             reason = "the row group has fewer rows than planned"
             try:
-                for batch in self._batches(fs, unit):
+                for batch in self._batches(fs, unit, self._columns(images)):
                     first, position = position, min(position + batch.num_rows, rows)
                     wanted = [number for number in range(first, position) if number not in done]
-                    yield from self._samples(fs, unit, batch, first, wanted)
+                    yield from self._samples(fs, unit, batch, first, wanted, images)
                     if position == rows:
                         break
             except (_BrokenError, SchemaError) as error:
@@ -228,18 +226,24 @@ class ParquetFiles:
                     yield self._failed(unit, number, UnreadableError(f"{unit.shard_id}: {reason}"))
         yield UnitEnd(rows=rows)
 
-    def _batches(self, fs: fsspec.AbstractFileSystem, unit: Unit) -> Iterator[pa.RecordBatch]:
+    def _batches(self, fs: fsspec.AbstractFileSystem, unit: Unit, columns: list[str]) -> Iterator[pa.RecordBatch]:
         with _opened(fs, str(fs._strip_protocol(unit.location))) as parquet:
-            self._check(parquet.schema_arrow, unit.location)
-            yield from parquet.iter_batches(BATCH_ROWS, row_groups=[unit.cut], columns=self._columns, use_threads=False)
+            self._check(parquet.schema_arrow, unit.location, columns)
+            yield from parquet.iter_batches(BATCH_ROWS, row_groups=[unit.cut], columns=columns, use_threads=False)
 
     def _samples(
-        self, fs: fsspec.AbstractFileSystem, unit: Unit, batch: pa.RecordBatch, first: int, wanted: list[int]
+        self,
+        fs: fsspec.AbstractFileSystem,
+        unit: Unit,
+        batch: pa.RecordBatch,
+        first: int,
+        wanted: list[int],
+        images: bool,
     ) -> Iterator[Sample]:
         config = self.config
         path = str(fs._strip_protocol(unit.location))
         root = path.removesuffix(unit.shard_id.rpartition("#")[0])
-        columns = [config.image_column, *config.target_columns.values()]
+        columns = [*([config.image_column] if images else []), *config.target_columns.values()]
         cells = {
             number: [_cell(fs, batch.column(name)[number - first], path, root) for name in columns] for number in wanted
         }
@@ -251,9 +255,9 @@ class ParquetFiles:
         for number, objects in zip(wanted, loaded, strict=True):
             pairs = zip(cells[number], objects, strict=True)
             values = [found if isinstance(cell, Wanted) else cell for cell, found in pairs]
-            yield self._sample(unit, number, batch.slice(number - first, 1), values)
+            yield self._sample(unit, number, batch.slice(number - first, 1), values, images)
 
-    def _sample(self, unit: Unit, number: int, row: pa.RecordBatch, values: list[Any]) -> Sample:
+    def _sample(self, unit: Unit, number: int, row: pa.RecordBatch, values: list[Any], images: bool) -> Sample:
         config = self.config
         try:
             image_id = None if config.id_column is None else row.column(config.id_column)[0].as_py()
@@ -265,7 +269,7 @@ class ParquetFiles:
                 unit, number, UnreadableError(f"{unit.shard_id} row {number}: {config.id_column} is null")
             )
         name = f"{unit.shard_id}/{number}" if image_id is None else str(image_id)
-        image, *targets = values
+        image, *targets = values if images else [b"", *values]
         complaint = next((value for value in values if isinstance(value, RowError)), None)
         largest = max((len(value) for value in values if isinstance(value, bytes)), default=0)
         where = f"{unit.shard_id} row {number}"

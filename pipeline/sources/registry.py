@@ -9,6 +9,7 @@ from pipeline.sources.coco import Coco
 from pipeline.sources.files import Files
 from pipeline.sources.parquet import ParquetFiles
 from pipeline.sources.scenes import Scenes
+from pipeline.sources.table import TableTargets
 from pipeline.sources.webdataset import Webdataset
 
 __all__ = ["SOURCES", "open_source"]
@@ -19,6 +20,7 @@ SOURCES: dict[str, Callable[[Any], Source]] = {
     "files": Files,
     "coco": Coco,
     "scenes": Scenes,
+    "table": TableTargets,
 }
 
 

@@ -24,6 +24,8 @@ __all__ = ["Scene", "SceneSegment", "Scenes", "render_scene"]
 
 # Part of every fingerprint: raise it whenever any pixel of any scene or target changes.
 GENERATOR_VERSION = 1
+# Part of every fingerprint too: raise it where a target says something else, or says it otherwise, of the same pixels.
+TARGETS_VERSION = 2
 VOID = 255
 
 
@@ -136,34 +138,32 @@ class Scenes:
         config = self.config
         return f"scenes/seed{config.seed}-{config.width}x{config.height}"
 
-    def plan(self) -> Iterator[Unit]:
+    def plan(self, *, images: bool = True) -> Iterator[Unit]:
         config = self.config
         total = config.count if config.limit is None else min(config.count, config.limit)
         for first in range(0, total, config.unit_images):
-            rows = min(config.unit_images, config.count - first)
-            stop = total - first if total - first < rows else None
+            rows = min(config.unit_images, total - first)
             yield Unit(
                 shard_id=f"{self.base}#{config.start + first}",
                 location="scenes://",
                 size_bytes=0,
                 fingerprint=self._fingerprint(config.start + first),
-                rows=rows if stop is None else stop,
+                rows=rows,
                 cut=config.start + first,
-                stop=stop,
+                # A larger count goes on where this one stops, as a larger limit does.
+                stop=rows if rows < config.unit_images else None,
             )
 
     def _fingerprint(self, first: int) -> str:
         """Of the whole unit, however `count` and `limit` cut it: what it holds at a position never changes."""
         config = self.config
-        parts = (GENERATOR_VERSION, config.seed, config.width, config.height, first, config.unit_images,
-                 sorted(config.targets))  # fmt: skip
+        parts = (GENERATOR_VERSION, TARGETS_VERSION, config.seed, config.width, config.height, first,
+                 config.unit_images, sorted(config.targets))  # fmt: skip
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
-    def read(self, unit: Unit, done: Container[int]) -> Iterator[Sample | UnitEnd]:
+    def read(self, unit: Unit, done: Container[int], *, images: bool = True) -> Iterator[Sample | UnitEnd]:
         config = self.config
-        rows = min(config.unit_images, config.start + config.count - unit.cut)
-        if unit.stop is not None:
-            rows = min(rows, unit.stop)
+        rows = config.unit_images if unit.stop is None else unit.stop
         for position in range(rows):
             if position in done:
                 continue
@@ -173,7 +173,7 @@ class Scenes:
                 image_id=f"{self.base}/{index:09d}",
                 shard_id=unit.shard_id,
                 position=position,
-                image=_png(scene.image_HWC),
+                image=_png(scene.image_HWC) if images else b"",
                 targets=_encode_targets(scene, config.targets),
             )
         yield UnitEnd(rows=rows)
@@ -188,7 +188,8 @@ def _encode_targets(scene: Scene, kinds: tuple[str, ...]) -> dict[str, bytes]:
         targets["panoptic"] = _png(packed_HW.view(np.uint8).reshape(*packed_HW.shape, 4)[:, :, :3])
         targets["segments"] = _json({"segments_info": [_info(segment) for segment in scene.segments]})
     if "instances" in kinds:
-        targets["instances"] = _json({"annotations": [*_annotations(scene)]})
+        height, width = scene.segment_HW.shape
+        targets["instances"] = _json({"annotations": [*_annotations(scene)], "width": width, "height": height})
     if "depth" in kinds:
         # Millimetres; + 0.5 rounds to nearest without depending on a library's rounding.
         targets["depth"] = _png((scene.depth_HW * np.float32(1000) + np.float32(0.5)).astype(np.uint16))

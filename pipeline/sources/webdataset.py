@@ -3,7 +3,7 @@
 A member's key is its path up to the first dot of its base name, what follows decides its role:
 
     0001.jpg (.jpeg .png .webp .tif .tiff .bmp)                   the image
-    0001.seg.png  .panoptic.png  .depth.png                       targets
+    0001.seg.png  .panoptic.png  .depth.png or .depth.npy         targets
     0001.panoptic.json or .json  0001.instances.json              targets (segments, instances)
 
 Others are ignored, and so are names without a dot and hidden ones (`._0001.jpg`). Where a key has no such image, a
@@ -34,7 +34,10 @@ TARGETS = {
     "json": "segments",
     "instances.json": "instances",
     "depth.png": "depth",
+    "depth.npy": "depth",
 }
+# Where a key has another member of the same kind, that one counts.
+SECOND = frozenset({"json", "depth.npy"})
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -53,12 +56,16 @@ class _Everything:
 
 @dataclass
 class _Group:
-    """The members of one key as they come. name: the key, made unique. wanted: whether their bytes are kept."""
+    """The members of one key as they come. name: the key, made unique. wanted: whether their bytes are kept.
+
+    with_images: whether images count at all, or targets alone.
+    """
 
     key: str
     name: str
     position: int
     wanted: bool
+    with_images: bool
     error: RowError | None = None
     images: list[bytes] = field(default_factory=list)
     substitutes: list[bytes] = field(default_factory=list)
@@ -78,34 +85,35 @@ class _Group:
         if member.kind == "link":
             self.link = self.link if kind else member.name
             return
-        if member.size_bytes > max_bytes:
+        counts = kind is not None or self.with_images
+        if counts and member.size_bytes > max_bytes:
             stream.skip()
             message = f"{member.name} has {member.size_bytes} bytes, at most {max_bytes} are read (source.max_bytes)"
             self.error = self.error or ImageTooLargeError(message)
             return
-        if self.wanted and self.error is None:
+        if counts and self.wanted and self.error is None:
             data = stream.body()
         else:
             stream.skip()
             data = b""
         if kind is None:
             (self.images if extension in IMAGES else self.substitutes).append(data)
-        elif extension != "json" or kind not in self.targets:
+        elif extension not in SECOND or kind not in self.targets:
             self.targets[kind] = data
 
     def sample(self, unit: Unit) -> Sample:
         images = self.images or self.substitutes
         error = self.error
-        if error is None and not images:
+        if error is None and not images and (self.with_images or not self.targets):
             hint = f" ({self.link} is a link)" if self.link else ""
             error = UnreadableError(f"{self.key}: sample has no image member{hint}")
-        elif error is None and len(images) > 1:
+        elif error is None and len(images) > 1 and self.with_images:
             error = CorruptImageError(f"{self.key}: expected one image member, got {len(images)}")
         return Sample(
             image_id=f"{unit.shard_id}/{self.name}",
             shard_id=unit.shard_id,
             position=self.position,
-            image=b"" if error else images[0],
+            image=images[0] if self.with_images and error is None else b"",
             targets={} if error else self.targets,
             error=error,
         )
@@ -120,7 +128,7 @@ class Webdataset:
 
     config: WebdatasetSource
 
-    def plan(self) -> Iterator[Unit]:
+    def plan(self, *, images: bool = True) -> Iterator[Unit]:
         fs, root, entries = list_entries(self.config.uri, self.config.storage, suffixes=SUFFIXES)
         left = self.config.limit
         for entry in entries:
@@ -144,14 +152,14 @@ class Webdataset:
                 return item.rows
         return 0
 
-    def read(self, unit: Unit, done: Container[int]) -> Iterator[Sample | UnitEnd]:
+    def read(self, unit: Unit, done: Container[int], *, images: bool = True) -> Iterator[Sample | UnitEnd]:
         fs, _ = open_fs(self.config.uri, self.config.storage)
         with storage_errors(unit.location):
             file = fs.open(str(fs._strip_protocol(unit.location)), "rb", block_size=BLOCK_BYTES)
         with contextlib.closing(file):
-            yield from self._samples(unit, done, file)
+            yield from self._samples(unit, done, file, images)
 
-    def _samples(self, unit: Unit, done: Container[int], file: Any) -> Iterator[Sample | UnitEnd]:
+    def _samples(self, unit: Unit, done: Container[int], file: Any, images: bool) -> Iterator[Sample | UnitEnd]:
         group: _Group | None = None
         seen: set[str] = set()
         position = 0
@@ -172,7 +180,7 @@ class Webdataset:
                     if unit.stop is not None and position >= unit.stop:
                         yield UnitEnd(rows=position)
                         return
-                    group = _open(key, position, position not in done, seen)
+                    group = _open(key, position, position not in done, images, seen)
                 group.take(extension, member, stream, self.config.max_bytes)
         except TarCutError as error:
             cut = str(error)
@@ -188,11 +196,11 @@ class Webdataset:
             yield UnitEnd(rows=position)
 
 
-def _open(key: str, position: int, wanted: bool, seen: set[str]) -> _Group:
+def _open(key: str, position: int, wanted: bool, images: bool, seen: set[str]) -> _Group:
     error = None
     name = key
     if key in seen:
         name = f"{key}#{position}"
         error = CorruptImageError(f"{key} occurred before in this shard; the members of a sample must be consecutive")
     seen.add(name)
-    return _Group(key, name, position, wanted, error)
+    return _Group(key, name, position, wanted, images, error)

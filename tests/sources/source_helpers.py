@@ -26,9 +26,11 @@ def tar_bytes(members: Sequence[tuple[str, bytes] | tarfile.TarInfo], mode: str 
     return buffer.getvalue()
 
 
-def read(source: Source, unit: Unit, done: Container[int] = frozenset()) -> tuple[list[Sample], UnitEnd]:
+def read(
+    source: Source, unit: Unit, done: Container[int] = frozenset(), *, images: bool = True
+) -> tuple[list[Sample], UnitEnd]:
     """The samples and the end of one unit, with the order checked."""
-    *samples, end = read_unit(source, unit, done)
+    *samples, end = read_unit(source, unit, done, images=images)
     assert isinstance(end, UnitEnd)
     assert all(isinstance(sample, Sample) for sample in samples)
     positions = [sample.position for sample in samples]  # type: ignore[union-attr]
@@ -37,8 +39,8 @@ def read(source: Source, unit: Unit, done: Container[int] = frozenset()) -> tupl
     return samples, end  # type: ignore[return-value]
 
 
-def read_all(source: Source) -> list[Sample]:
-    return [sample for unit in source.plan() for sample in read(source, unit)[0]]
+def read_all(source: Source, *, images: bool = True) -> list[Sample]:
+    return [sample for unit in source.plan(images=images) for sample in read(source, unit, images=images)[0]]
 
 
 def write_tree(root: Path, files: dict[str, bytes]) -> Path:

@@ -1,6 +1,7 @@
 """COCO folders: targets per image, slices, untrusted names, files that are not COCO, a real data set."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +9,20 @@ import pytest
 from source_faults import FlakyFileSystem
 from source_helpers import read, read_all, write_tree
 
-from pipeline.config import CocoSource
+from pipeline.config import CocoSource, FilesSource
 from pipeline.errors import ConfigError, StorageError, UnreadableError
 from pipeline.sources.base import UnitEnd
-from pipeline.sources.coco import MAX_SLICE_CHARACTERS, Coco
-from pipeline.sources.coco_json import read_coco
+from pipeline.sources.coco import MAX_SLICE_CHARACTERS, Coco, categories_of
+from pipeline.sources.coco_json import CocoImage, read_coco
+from pipeline.taxonomy import load_taxonomy
 
 
 def coco(root: Any, **options: Any) -> Coco:
     names = {key: str(value) for key, value in options.items() if key in ("instances", "panoptic", "panoptic_masks")}
-    return Coco(CocoSource(format="coco", uri=f"{root}/images", **{**options, **names}))
+    return Coco(CocoSource(format="coco", **{"uri": f"{root}/images", **options, **names}))
 
 
-IMAGES = [{"id": n, "file_name": f"{n}.jpg", "width": 4, "height": 4} for n in (3, 1, 2)]
+IMAGES = [{"id": n, "file_name": f"{n}.jpg", "width": 5, "height": 4} for n in (3, 1, 2)]
 ANNOTATIONS = [
     {"id": 1, "image_id": 2, "category_id": 7, "bbox": [0, 0, 1.50, 2], "segmentation": [[0, 0, 1, 0, 1, 1]]},
     {"id": 2, "image_id": 1, "category_id": 8, "iscrowd": 1},
@@ -61,14 +63,119 @@ def test_targets_of_each_image(tree: Path) -> None:
     assert [s.image_id for s in samples] == ["1.jpg", "2.jpg", "3.jpg", "4.jpg"]
     assert [s.image for s in samples] == [b"1", b"2", b"3", b"4"]
     assert [s.fields for s in samples] == [{"coco_id": str(n)} for n in (1, 2, 3, 4)]
-    assert json.loads(samples[0].targets["instances"]) == {"annotations": [ANNOTATIONS[1]]}
-    assert json.loads(samples[1].targets["instances"]) == {"annotations": [ANNOTATIONS[0], ANNOTATIONS[2]]}
+    size = {"width": 5, "height": 4}
+    assert json.loads(samples[0].targets["instances"]) == {"annotations": [ANNOTATIONS[1]], **size}
+    assert json.loads(samples[1].targets["instances"]) == {"annotations": [ANNOTATIONS[0], ANNOTATIONS[2]], **size}
     assert b"1.5" in samples[1].targets["instances"]
     assert samples[1].targets["panoptic"] == b"mask2"
     assert json.loads(samples[1].targets["segments"]) == {"segments_info": SEGMENTS}
-    assert json.loads(samples[2].targets["instances"]) == {"annotations": []}
+    assert json.loads(samples[2].targets["instances"]) == {"annotations": [], **size}
     assert samples[3].targets == {}  # its mask is missing, and the instances do not know it
     assert [s.position for s in read(source, unit, {0, 1})[0]] == [2, 3]
+
+
+def test_targets_alone(tree: Path) -> None:
+    """No image is looked at, so that none of them needs to be there, nor a folder of them to be named."""
+    options = {"instances": tree / "instances.json", "panoptic": tree / "panoptic.json", "unit_images": 3}
+    whole = read_all(coco(tree, **options))
+    for path in (tree / "images").iterdir():
+        path.unlink()
+    for source in (coco(tree, **options), coco(tree, **options, uri=None)):
+        assert read_all(source, images=False) == [replace(sample, image=b"") for sample in whole]
+        assert [(u.shard_id, u.rows, u.size_bytes) for u in source.plan(images=False)] == [
+            ("coco#0", 3, 0),
+            ("coco#1", 1, 0),
+        ]
+        assert all(unit.location for unit in source.plan(images=False))
+    before = [unit.fingerprint for unit in source.plan(images=False)]
+    (tree / "panoptic/2.png").write_bytes(b"another")
+    after = [unit.fingerprint for unit in source.plan(images=False)]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [False, True]
+
+
+def test_images_need_their_folder(tree: Path) -> None:
+    source = coco(tree, instances=tree / "instances.json", uri=None)
+    (unit,) = source.plan(images=False)
+    with pytest.raises(ConfigError, match=r"source\.uri must be given"):
+        list(source.plan())
+    with pytest.raises(ConfigError, match=r"source\.uri must be given"):
+        list(source.read(unit, ()))
+
+
+def test_names_of_images_do_not_matter_where_they_are_not_read(tmp_path: Path) -> None:
+    images = [{"id": 1, "file_name": "../secret.jpg"}, {"id": 2, "file_name": "/etc/passwd"}]
+    (tmp_path / "i.json").write_text(json.dumps({"images": images, "annotations": []}))
+    samples = read_all(coco(tmp_path, instances=tmp_path / "i.json"), images=False)
+    assert [(s.error, json.loads(s.targets["instances"])) for s in samples] == [(None, {"annotations": []})] * 2
+
+
+@pytest.mark.parametrize("size", [(None, 4), (5, "4"), (0, 4), (True, 1), (5.5, 4), (-5, 4)])
+def test_a_size_that_is_none_is_left_out(tmp_path: Path, size: tuple[Any, Any]) -> None:
+    image = {"id": 1, "file_name": "a.jpg", "width": size[0], "height": size[1]}
+    tree = {"images": [image], "annotations": []}
+    (tmp_path / "i.json").write_text(json.dumps(tree))
+    (sample,) = read_all(coco(tmp_path, instances=tmp_path / "i.json"), images=False)
+    assert json.loads(sample.targets["instances"]) == {"annotations": []}
+
+
+def test_the_files_own_label_space(tree: Path) -> None:
+    things = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog", "color": [1, 2, 3]}]
+    both = [{"id": 7, "name": "cat", "isthing": 1}, {"id": 300, "name": "sky", "isthing": 0, "color": [9, 9, 9]}]
+    empty = {"images": [], "annotations": [{"id": 1}] * 9, "info": {"categories": [{"id": 1}]}}
+    (tree / "i.json").write_text(json.dumps({**empty, "categories": things}))
+    (tree / "p.json").write_text(json.dumps({"categories": both, **empty}))
+
+    def found(**options: Any) -> list[tuple[int, str, str]]:
+        taxonomy = categories_of(coco(tree, **options).config)
+        assert taxonomy is not None
+        return [(c.id, c.name, c.kind) for c in taxonomy.categories]
+
+    assert found(instances=tree / "i.json") == [(3, "dog", "thing"), (7, "cat", "thing")]
+    assert found(panoptic=tree / "p.json") == [(7, "cat", "thing"), (300, "sky", "stuff")]
+    assert found(instances=tree / "i.json", panoptic=tree / "p.json") == [
+        (3, "dog", "thing"), (7, "cat", "thing"), (300, "sky", "stuff"),
+    ]  # fmt: skip
+    taxonomy = categories_of(coco(tree, instances=tree / "i.json", panoptic=tree / "p.json", uri=None).config)
+    assert taxonomy is not None
+    assert (taxonomy.by_id[300].color, taxonomy.by_id[3].color) == ((9, 9, 9), (1, 2, 3))
+    assert taxonomy.source == "categories of i.json and p.json"
+    assert categories_of(coco(tree, instances=tree / "instances.json").config) is None  # it has none
+    assert categories_of(FilesSource(format="files", uri="x")) is None
+
+
+@pytest.mark.parametrize(
+    ("categories", "message"),
+    [
+        ([{"id": 7, "name": "cow"}], r"p.json: category 7 is 'cow', but 'cat' in .*i.json"),
+        ([{"id": 1, "name": "a"}, {"id": 1, "name": "a"}], r"p.json: categories\[1\]: the id 1 occurs twice"),
+        ([{"id": "1", "name": "a"}], r"categories\[0\]: id must be a number, got str"),
+        ([{"id": 1}], r"categories\[0\]: name must be a string, it has id"),
+        ({"1": "a"}, "categories must be a list"),
+        ([{"id": 1, "name": "a", "color": [1, 2]}], "color three bytes"),
+        ([{"id": 1, "name": "a", "color": "red"}], "holds no taxonomy"),
+        ([{"id": 70_000, "name": "a"}], "ids must be unique, 0 to 65534"),
+    ],
+)
+def test_categories_that_are_none(tree: Path, categories: Any, message: str) -> None:
+    (tree / "i.json").write_text(json.dumps({"categories": [{"id": 7, "name": "cat"}]}))
+    (tree / "p.json").write_text(json.dumps({"categories": categories}))
+    with pytest.raises(ConfigError, match=message):
+        categories_of(coco(tree, instances=tree / "i.json", panoptic=tree / "p.json").config)
+
+
+def test_colours_are_those_of_the_bundled_taxonomy(tree: Path) -> None:
+    coco80 = load_taxonomy("coco80")
+    (tree / "i.json").write_text(json.dumps({"categories": [{"id": c.id, "name": c.name} for c in coco80.categories]}))
+    found = categories_of(coco(tree, instances=tree / "i.json").config)
+    assert found is not None
+    assert found.categories == coco80.categories
+
+
+def test_files_of_different_sets(tree: Path) -> None:
+    for other in ({"id": 9, "file_name": "1.jpg"}, {"id": 1, "file_name": "9.jpg"}):
+        (tree / "p.json").write_text(json.dumps({"images": [other], "annotations": []}))
+        with pytest.raises(ConfigError, match=r"p\.json: image .* is another in .*instances\.json"):
+            list(coco(tree, instances=tree / "instances.json", panoptic=tree / "p.json").plan())
 
 
 def test_one_file_alone(tree: Path) -> None:
@@ -145,6 +252,10 @@ WRONG = [
     ('{"images": [{"id": 1}], "annotations": []}', r"images\[0\]: file_name must be a string, it has id"),
     ('{"images": [{"id": true, "file_name": "x"}], "annotations": []}', "id must be a number or a string, got bool"),
     (f'{{"images": [{IMAGE}, {IMAGE}], "annotations": []}}', r"images\[1\]: the id 1 occurs twice"),
+    (
+        '{"images": [{"id": 1, "file_name": "a"}, {"id": "1", "file_name": "b"}]}',
+        r"images\[1\]: the id '1' occurs twice",
+    ),
     (f'{{"images": [{IMAGE}, {IMAGE.replace("1", "2")}], "annotations": []}}', "'a.jpg' occurs twice"),
     ('{"images": [], "annotations": [{"image_id": 1}]}', r"annotations\[0\]: category_id must be a number"),
     ('{"images": [], "annotations": []}', "names no images"),
@@ -172,9 +283,9 @@ def test_panoptic_for_instances_and_missing_files(tree: Path) -> None:
 
 def test_annotation_text_is_kept_whatever_the_spacing() -> None:
     text = b'\n{ "annotations" :[ {"image_id":1 , "category_id":2,"x":1.500} ,\n{"image_id":1,"category_id":3}\t] ,"info":{"a":[1,{"b":null}]},"images":[ {"id":1,"file_name":"a"}]}\n'  # fmt: skip  # noqa: E501
-    ((name, number, annotations),) = read_coco(text, "x.json", {"category_id": int})
-    assert (name, number) == ("a", "1")
-    assert annotations == ['{"image_id":1 , "category_id":2,"x":1.500}', '{"image_id":1,"category_id":3}']
+    (image,) = read_coco(text, "x.json", {"category_id": int})
+    annotations = ('{"image_id":1 , "category_id":2,"x":1.500}', '{"image_id":1,"category_id":3}')
+    assert image == CocoImage("1", "a", 0, 0, annotations)
 
 
 def test_passing_faults(tree: Path) -> None:

@@ -84,9 +84,7 @@ LAYOUTS: list[tuple[str, dict[str, bytes], str, dict[str, Any], list[Any]]] = [
         {"images": "{split}/{id}.png", "targets": {"semantic": "{split}annot/{id}.png"}},
         [
             ("train/c.png", b"C", {"semantic": b"c"}, {"split": "train", "id": "c"}),
-            ("trainannot/c.png", b"c", {}, {"split": "trainannot", "id": "c"}),
             ("val/a.png", b"A", {"semantic": b"a"}, {"split": "val", "id": "a"}),
-            ("valannot/a.png", b"a", {}, {"split": "valannot", "id": "a"}),
         ],
     ),
     (
@@ -141,6 +139,39 @@ def test_layouts(
     samples = read_all(files(tmp_path / uri, **options))
     assert [(s.image_id, s.image, dict(s.targets), dict(s.fields)) for s in samples] == expected
     assert all(s.error is None for s in samples)
+
+
+def test_targets_alone(tmp_path: Path) -> None:
+    """Images are listed, which is where ids come from, and not read."""
+    write_tree(tmp_path, {f"i/{n}.jpg": b"x" * 200 for n in range(4)} | {f"t/{n}.npy": b"%d" % n for n in (0, 1, 2)})
+    source = files(tmp_path / "i", targets={"depth": "../t/{stem}.npy"}, max_bytes=100)
+    (unit,) = source.plan(images=False)
+    (tmp_path / "i/1.jpg").unlink()
+    (tmp_path / "t/2.npy").write_bytes(b"x" * 101)
+    samples, end = read(source, unit, images=False)
+    assert [(s.image, dict(s.targets), type(s.error)) for s in samples] == [
+        (b"", {"depth": b"0"}, type(None)),
+        (b"", {"depth": b"1"}, type(None)),
+        (b"", {}, ImageTooLargeError),
+        (b"", {}, type(None)),
+    ]
+    assert end.rows == 4
+
+
+def test_targets_alone_are_part_of_the_fingerprint(tmp_path: Path) -> None:
+    write_tree(tmp_path, {f"i/{n}.jpg": b"" for n in range(3)} | {f"{t}/{n}.png": b"t" for n in range(3) for t in "ab"})
+    source = files(
+        tmp_path / "i", targets={"semantic": "../a/{stem}.png", "depth": f"{tmp_path}/b/{{stem}}.png"}, unit_images=1
+    )
+
+    def marks(images: bool) -> list[str]:
+        return [unit.fingerprint for unit in source.plan(images=images)]
+
+    with_images, before = marks(True), marks(False)
+    (tmp_path / "a/0.png").write_bytes(b"changed")
+    (tmp_path / "b/2.png").unlink()
+    assert [a == b for a, b in zip(before, marks(False), strict=True)] == [False, True, False]
+    assert marks(True) == with_images
 
 
 def test_absolute_and_repeated_templates(tmp_path: Path) -> None:
@@ -289,3 +320,14 @@ def test_real_coco128_and_rgbd(shared_data: Path) -> None:
     samples = read_all(files(shared_data / "rgbd", images="{id}.color.jpg", targets={"depth": "{id}.depth.png"}))
     assert len(samples) == 40
     assert all(s.targets["depth"][:4] == b"\x89PNG" for s in samples)
+
+
+def test_a_file_that_is_the_target_of_another_is_no_image(tmp_path: Path) -> None:
+    for name in ("train/a.png", "trainannot/a.png", "val/b.png", "valannot/b.png", "val/c.png", "valannot/lonely.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    annot = {"semantic": "{split}annot/{id}.png"}
+    found = read_all(files(tmp_path, images="{split}/{id}.png", targets=annot))
+    assert [sample.image_id for sample in found] == ["train/a.png", "val/b.png", "val/c.png", "valannot/lonely.png"]
+    # One that is its own target stays: targets alone, with no image at hand.
+    assert len(read_all(files(tmp_path, images="{split}/{id}.png", targets={"semantic": "{split}/{id}.png"}))) == 6

@@ -32,10 +32,10 @@ class Listed:
 
     samples: tuple[Sample, ...]
 
-    def plan(self) -> Iterator[Unit]:
+    def plan(self, *, images: bool = True) -> Iterator[Unit]:
         yield UNIT
 
-    def read(self, unit: Unit, done: Container[int]) -> Iterator[Sample | UnitEnd]:
+    def read(self, unit: Unit, done: Container[int], *, images: bool = True) -> Iterator[Sample | UnitEnd]:
         yield from (sample for sample in self.samples if sample.position not in done)
         yield UnitEnd(rows=len(self.samples))
 
@@ -147,7 +147,7 @@ def test_one_shard_at_a_time_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyP
     seen: list[int] = []
 
     class Watched(Listed):
-        def read(self, unit: Unit, done: Container[int]) -> Iterator[Sample | UnitEnd]:
+        def read(self, unit: Unit, done: Container[int], *, images: bool = True) -> Iterator[Sample | UnitEnd]:
             for item in super().read(unit, done):
                 seen.append(len(list(tmp_path.iterdir())))
                 yield item
@@ -160,7 +160,7 @@ def test_a_passing_fault_is_read_again(tmp_path: Path) -> None:
     faults = iter([2, 4])
 
     class Flaky(Listed):
-        def read(self, unit: Unit, done: Container[int]) -> Iterator[Sample | UnitEnd]:
+        def read(self, unit: Unit, done: Container[int], *, images: bool = True) -> Iterator[Sample | UnitEnd]:
             stop = next(faults, None)
             for item in super().read(unit, done):
                 if isinstance(item, Sample) and item.position == stop:
@@ -174,6 +174,15 @@ def test_a_passing_fault_is_read_again(tmp_path: Path) -> None:
 def test_an_empty_unit_writes_nothing(tmp_path: Path) -> None:
     assert pack_unit(listed(), UNIT, 0, str(tmp_path / "none"), {}, images_per_shard=4) == 0
     assert list((tmp_path / "none").iterdir()) == []
+
+
+def test_depth_in_metres_stays_what_it_is(tmp_path: Path) -> None:
+    depth = b"\x93NUMPY and so on"
+    (given,) = listed("a", targets={"depth": depth, "semantic": depth}).samples
+    pack_unit(Listed((given,)), UNIT, 0, str(tmp_path), {}, images_per_shard=9)
+    assert member_names(tmp_path) == ["a.jpg", "a.depth.npy", "a.seg.png"]
+    (sample,) = read_tars(tmp_path)
+    assert sample.targets == given.targets
 
 
 def test_every_target_kind_has_a_suffix_that_reading_knows() -> None:

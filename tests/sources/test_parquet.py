@@ -133,6 +133,35 @@ def test_a_value_over_the_limit(tmp_path: Path) -> None:
     assert second.error is None
 
 
+def test_targets_alone(tmp_path: Path) -> None:
+    table = {"image": [b"x" * 100_000, None, b"x"], "id": ["a", "b", "c"], "mask": [b"m" * 11, b"n", None]}
+    write(tmp_path / "a.parquet", {**table, "n": [1, 2, 3]}, compression="none", use_dictionary=False)
+    options: dict[str, Any] = {"id_column": "id", "field_columns": ("n",), "target_columns": {"semantic": "mask"}}
+    source = parquet(tmp_path, max_bytes=50, **options)
+    (unit,), (whole,) = source.plan(images=False), source.plan()
+    assert (unit.shard_id, unit.fingerprint, unit.rows) == (whole.shard_id, whole.fingerprint, whole.rows)
+    assert unit.size_bytes < 1000 < whole.size_bytes
+    samples, end = read(source, unit, images=False)
+    assert [(s.image_id, s.image, dict(s.targets), s.fields, s.error) for s in samples] == [
+        ("a", b"", {"semantic": b"m" * 11}, {"n": "1"}, None),
+        ("b", b"", {"semantic": b"n"}, {"n": "2"}, None),
+        ("c", b"", {}, {"n": "3"}, None),
+    ]
+    assert [s.position for s in read(source, unit, {1}, images=False)[0]] == [0, 2]
+    assert end.rows == 3
+
+
+def test_targets_without_an_image_column(tmp_path: Path) -> None:
+    depth = b"\x93NUMPY..."
+    write(tmp_path / "a.parquet", {"depth": [depth] * 20}, rows=20)
+    source = parquet(tmp_path, target_columns={"depth": "depth"})
+    samples = read_all(source, images=False)
+    assert [dict(s.targets) for s in samples] == [{"depth": depth}] * 20
+    with pytest.raises(SchemaError, match="no column 'image'"):
+        list(source.plan())
+    assert [s.targets for s in read_all(parquet(tmp_path), images=False)] == [{}] * 20
+
+
 @pytest.mark.parametrize(
     ("options", "columns", "message"),
     [

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -148,7 +149,7 @@ def test_scenes_are_varied() -> None:
 def test_plan_cuts_at_fixed_places() -> None:
     units = list(source(count=150, start=10, unit_images=64).plan())
     assert [unit.shard_id for unit in units] == [f"scenes/seed0-32x32#{first}" for first in (10, 74, 138)]
-    assert [(unit.rows, unit.stop) for unit in units] == [(64, None), (64, None), (22, None)]
+    assert [(unit.rows, unit.stop) for unit in units] == [(64, None), (64, None), (22, 22)]
     assert len({unit.fingerprint for unit in units}) == 3
     longer = list(source(count=300, start=10, unit_images=64).plan())
     assert longer[:2] == units[:2]
@@ -157,7 +158,7 @@ def test_plan_cuts_at_fixed_places() -> None:
 
 @pytest.mark.parametrize(
     ("limit", "expected"),
-    [(1, [(1, 1)]), (64, [(64, None)]), (70, [(64, None), (6, 6)]), (999, [(64, None), (36, None)])],
+    [(1, [(1, 1)]), (64, [(64, None)]), (70, [(64, None), (6, 6)]), (999, [(64, None), (36, 36)])],
 )
 def test_limit(limit: int, expected: list[tuple[int, int | None]]) -> None:
     scenes, unlimited = source(count=100, limit=limit), list(source(count=100).plan())
@@ -212,13 +213,24 @@ def test_encoded_targets_hold_the_scene() -> None:
         np.testing.assert_allclose(depth / 1000, scene.depth_HW, atol=0.00051)
         infos = json.loads(targets["segments"])["segments_info"]
         assert [info["id"] for info in infos] == [segment.id for segment in scene.segments]
-        annotations = json.loads(targets["instances"])["annotations"]
+        instances = json.loads(targets["instances"])
+        assert (instances["width"], instances["height"]) == (128, 96)
+        annotations = instances["annotations"]
         things = [info for info in infos if info["category_id"] in THINGS]
         assert [{k: v for k, v in each.items() if k != "segmentation"} for each in annotations] == things
         for annotation in annotations:
             assert annotation["segmentation"]["size"] == [96, 128]
             mask_HW = coco_mask.decode(annotation["segmentation"])
             np.testing.assert_array_equal(mask_HW, scene.segment_HW == annotation["id"])
+
+
+def test_targets_alone() -> None:
+    scenes = source(count=3)
+    (unit,) = scenes.plan(images=False)
+    assert unit == next(scenes.plan())
+    whole = read(scenes, unit)[0]
+    alone = [sample for sample in scenes.read(unit, (), images=False) if isinstance(sample, Sample)]
+    assert alone == [replace(sample, image=b"") for sample in whole]
 
 
 def test_only_the_wanted_targets() -> None:

@@ -123,6 +123,63 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     assert "3.jpg is a link" in messages[2]
 
 
+@pytest.mark.parametrize("names", [("1.depth.png", "1.depth.npy"), ("1.depth.npy", "1.depth.png"), ("1.depth.npy",)])
+def test_depth_in_metres(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """Of both, the PNG counts, in whatever order."""
+    samples, _ = samples_of(tmp_path, tar_bytes([("1.jpg", b"1"), *((name, name.encode()) for name in names)]))
+    assert samples[0].targets == {"depth": min(names, key=lambda name: name.endswith("npy")).encode()}
+
+
+ALONE = [
+    ("no image", [("1.seg.png", b"s"), ("2.json", b"j"), ("2.jpg", b"2")], [{"semantic": b"s"}, {"segments": b"j"}]),
+    ("no target", [("1.jpg", b"1"), ("2.jpg", b"2"), ("2.seg.png", b"s")], [{}, {"semantic": b"s"}]),
+    ("two images", [("1.jpg", b"x"), ("1.png", b"y"), ("1.seg.png", b"s")], [{"semantic": b"s"}]),
+    ("large image", [("1.jpg", bytes(5001)), ("1.seg.png", b"s")], [{"semantic": b"s"}]),
+    ("large target", [("1.jpg", b"x"), ("1.seg.png", bytes(5001))], ["ImageTooLargeError"]),
+    ("neither", [("1.mp3", b"x"), ("2.seg.png", b"s")], ["UnreadableError", {"semantic": b"s"}]),
+    ("apart", [("1.seg.png", b"s"), ("2.seg.png", b"s"), ("1.depth.png", b"d")],
+     [{"semantic": b"s"}, {"semantic": b"s"}, "CorruptImageError"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("members", "expected"), [c[1:] for c in ALONE], ids=[c[0] for c in ALONE])
+def test_targets_alone(tmp_path: Path, members: list[Any], expected: list[Any]) -> None:
+    (tmp_path / "a.tar").write_bytes(tar_bytes(members))
+    source = webdataset(tmp_path / "a.tar", max_bytes=5000)
+    (unit,) = source.plan(images=False)
+    assert unit == next(iter(source.plan()))
+    samples, end = read(source, unit, images=False)
+    assert [type(s.error).__name__ if s.error else dict(s.targets) for s in samples] == expected
+    assert all(s.image == b"" for s in samples)
+    whole, same_end = read(source, unit)
+    assert (end, [(s.image_id, s.position) for s in samples]) == (same_end, [(s.image_id, s.position) for s in whole])
+    assert [s.position for s in read(source, unit, {0}, images=False)[0]] == [s.position for s in samples[1:]]
+
+
+def test_images_that_are_not_asked_for_are_not_held(tmp_path: Path) -> None:
+    members = [(f"{n}.{kind}", bytes(size)) for n in range(4) for kind, size in (("jpg", 20_000_000), ("seg.png", 10))]
+    (tmp_path / "a.tar").write_bytes(tar_bytes(members))
+    source = webdataset(tmp_path / "a.tar")
+    (unit,) = source.plan(images=False)
+    tracemalloc.start()
+    samples, _ = read(source, unit, images=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [len(s.targets["semantic"]) for s in samples] == [10] * 4
+    assert peak < 12_000_000
+
+
+@pytest.mark.parametrize("offset", range(0, 6144, 256))
+def test_a_cut_leaves_the_same_samples_with_and_without_images(tmp_path: Path, offset: int) -> None:
+    data = tar_bytes([(f"{n}.{kind}", b"x" * 600) for n in range(2) for kind in ("jpg", "seg.png")])
+    (tmp_path / "a.tar").write_bytes(data[:offset])
+    source = webdataset(tmp_path / "a.tar")
+    (unit,) = source.plan()
+    whole, alone = (read(source, unit, images=images) for images in (True, False))
+    assert [(s.image_id, dict(s.targets)) for s in whole[0]] == [(s.image_id, dict(s.targets)) for s in alone[0]]
+    assert whole[1] == alone[1]
+
+
 def test_over_the_size_limit_is_not_read(tmp_path: Path) -> None:
     members = [("1.jpg", bytes(5001)), ("2.jpg", bytes(5000)), ("3.jpg", b"3"), ("3.seg.png", bytes(9999))]
     samples, end = samples_of(tmp_path, tar_bytes(members), max_bytes=5000)
