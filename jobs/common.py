@@ -32,10 +32,14 @@ def config_help(job: str, kind: type[Section]) -> str:
 def config_job(job: str, kind: type[ConfigT], body: Callable[[ConfigT], int], argv: Sequence[str]) -> int:
     """Run a job that takes a config and overrides."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(config_help(job, kind))
-        return 0 if argv else EXIT_CONFIG
+        return guarded(lambda: _print(config_help(job, kind))) or (0 if argv else EXIT_CONFIG)
     uri, overrides = (None, argv) if "=" in argv[0] else (argv[0], argv[1:])
     return guarded(lambda: body(load_config(kind, uri, overrides)))
+
+
+def _print(text: str) -> int:
+    print(text, flush=True)
+    return 0
 
 
 def guarded(body: Callable[[], int]) -> int:

@@ -11,7 +11,7 @@ from pipeline.errors import ConfigError
 from pipeline.preview import contact_sheet, pick_rows
 from pipeline.status import read_run
 from pipeline.storage import open_fs
-from pipeline.table import PredictionTable
+from pipeline.table import RowTable
 from pipeline.taxonomy import build_taxonomy
 
 __all__ = ["main"]
@@ -52,7 +52,7 @@ def _preview(arguments: argparse.Namespace) -> int:
     model = models.get(arguments.model) if arguments.model else next(iter(models.values()))
     if model is None:
         raise ConfigError(f"no model {arguments.model!r} in {arguments.output}; there are {', '.join(models)}")
-    table = PredictionTable.open(arguments.output, storage)
+    table = RowTable.open(arguments.output, storage)
     rows = pick_rows(table, model["label"], model["version"], arguments.n, arguments.seed)
     if not rows:
         raise ConfigError(f"{arguments.output} has no labelled row of model {model['label']} yet")

@@ -14,8 +14,9 @@ from rich.table import Table
 
 from jobs.common import guarded, storage_options
 from pipeline.progress import counts_table
+from pipeline.rows import PREDICTIONS, SCORES
 from pipeline.status import read_run, table_counts
-from pipeline.table import PredictionTable
+from pipeline.table import RowTable
 from pipeline.units import UnitLog
 
 __all__ = ["main"]
@@ -36,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _status(uri: str, storage: dict[str, Any], as_json: bool) -> int:
-    table = PredictionTable.open(uri, storage)
     run = read_run(uri, storage)
+    table = RowTable.open(uri, storage, schema=SCORES if run.get("job") == "evaluate" else PREDICTIONS)
     versions = {model["label"]: model["version"] for model in run["models"]}
     counts = table_counts(table, UnitLog(uri, storage), versions)
     kinds, examples = _failures(table, versions)
@@ -68,7 +69,7 @@ def _status(uri: str, storage: dict[str, Any], as_json: bool) -> int:
 
 
 def _failures(
-    table: PredictionTable, versions: dict[str, str]
+    table: RowTable, versions: dict[str, str]
 ) -> tuple[Counter[tuple[str, str, str]], dict[tuple[str, str, str], list[str]]]:
     kinds: Counter[tuple[str, str, str]] = Counter()
     examples: dict[tuple[str, str, str], list[str]] = {}

@@ -7,7 +7,7 @@ import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,15 +17,19 @@ from pipeline.storage import read_bytes
 
 __all__ = [
     "CocoSource",
+    "EvaluateConfig",
     "FilesSource",
     "LabelConfig",
     "ModelConfig",
     "OutputConfig",
     "PackConfig",
     "ParquetSource",
+    "PredictionsConfig",
     "Resources",
     "ScenesSource",
+    "ScoreConfig",
     "SourceConfig",
+    "TableSource",
     "WebdatasetSource",
     "describe",
     "load_config",
@@ -50,7 +54,7 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 class _AnySource(Section):
     storage: Storage = Field({}, description="fsspec options: key, secret, endpoint_url, anon, client_kwargs, ...")
-    limit: int | None = Field(None, ge=1, description="label only the first N images, in plan order")
+    limit: int | None = Field(None, ge=1, description="only the first N images, in plan order")
     max_pixels: int = Field(200_000_000, ge=1, description="larger images fail as ImageTooLargeError before decoding")
     max_bytes: int = Field(1_000_000_000, ge=1, description="larger encoded objects fail as ImageTooLargeError unread")
 
@@ -89,7 +93,7 @@ class FilesSource(_AnySource):
 
 class CocoSource(_AnySource):
     format: Literal["coco"]
-    uri: str = Field(description="folder of the images")
+    uri: str | None = Field(None, description="folder of the images; evaluate can do without, it reads targets alone")
     instances: str | None = Field(None, description="COCO instances JSON")
     panoptic: str | None = Field(None, description="COCO panoptic JSON")
     panoptic_masks: str | None = Field(None, description="folder of the panoptic PNGs; default: panoptic without .json")
@@ -116,8 +120,15 @@ class ScenesSource(_AnySource):
     )
 
 
+class TableSource(_AnySource):
+    format: Literal["table"]
+    uri: str = Field(description="output of a labelling run: what its model said is the target of another's evaluation")
+    model: str | None = Field(None, description="label of the model; default: the first")
+
+
 SourceConfig = Annotated[
-    WebdatasetSource | ParquetSource | FilesSource | CocoSource | ScenesSource, Field(discriminator="format")
+    WebdatasetSource | ParquetSource | FilesSource | CocoSource | ScenesSource | TableSource,
+    Field(discriminator="format"),
 ]
 
 
@@ -186,12 +197,47 @@ class Resources(Section):
     object_store_bytes: int | None = Field(None, ge=80_000_000, description="local Ray only: size of its object store")
 
 
+class DepthScoreConfig(Section):
+    scale: float = Field(0.001, gt=0, description="metres of one step of an integer depth target (KITTI: 0.00390625)")
+    invalid: tuple[float, ...] = Field((0.0,), description="stored values that mean no depth (7-Scenes: 0 and 65535)")
+    alignment: Literal["none", "median", "least_squares", "least_squares_disparity"] = Field(
+        "none", description="fit of each prediction to its target: none, scale by medians, scale and shift"
+    )
+    min_depth: float = Field(0.001, gt=0, description="metres; nearer targets are not scored, predictions are clamped")
+    max_depth: float | None = Field(None, description="metres; likewise (NYU: 10, KITTI: 80)")
+    crop: Literal["none", "nyu_eigen", "kitti_garg", "kitti_eigen"] = Field("none", description="window that is scored")
+
+
+class ScoreConfig(Section):
+    """How predictions are held against targets. Predictions are mapped into the targets' label space."""
+
+    taxonomy: str | None = Field(
+        None,
+        description="label space of the targets: a bundled name or a YAML file; default: the COCO files' categories, "
+        "else the model's own",
+    )
+    merge: dict[str | int, tuple[str | int, ...]] = Field(
+        {}, description="class of the target -> classes of the model that count as it, by name or id"
+    )
+    ids: dict[int, int] = Field({}, description="class id of the model -> class id of the target")
+    other: str | int | None = Field(
+        None, description="class of the target that unmapped classes become (background); default: void"
+    )
+    ignore: tuple[int, ...] = Field((), description="further values of the target's label map that are void")
+    unknown_is_void: bool = Field(False, description="take target ids outside the taxonomy as void, instead of failing")
+    boundary: bool = Field(True, description="boundary IoU and boundary PQ too: about as much work as the rest")
+    depth: DepthScoreConfig = Field(DepthScoreConfig(), description="what of a depth map is scored")
+
+
 class LabelConfig(Section):
     """Label a corpus with one or several models into one table."""
 
     source: SourceConfig = Field(description="where the images come from")
     models: tuple[ModelConfig, ...] = Field(min_length=1, description="each image gets one row per model")
     output: OutputConfig = Field(description="where the table is")
+    score: ScoreConfig | None = Field(
+        ScoreConfig(), description="how rows are scored where the source has targets; null: not at all"
+    )
     failure_budget: float = Field(
         0.01, ge=0, le=1, description="share of failed rows that stops the run, after 1000 rows or at the end"
     )
@@ -201,6 +247,57 @@ class LabelConfig(Section):
     )
     seed: int = Field(0, ge=0, description="seed of random weights")
     resources: Resources = Field(Resources(), description="the cluster's share for this run")
+    ray_address: str | None = Field(None, description="Ray cluster to join; default: RAY_ADDRESS, else a local one")
+
+
+class PredictionsConfig(Section):
+    format: Literal["table", "coco", "panoptic", "files", "depth"] = Field(
+        "table",
+        description="table: a maskmill output; coco: results JSON of boxes or masks; panoptic: COCO panoptic JSON and "
+        "PNGs; files: label-map PNGs; depth: 16-bit PNGs or .npy arrays",
+    )
+    uri: str = Field(
+        description="the output, the JSON file, or for files and depth a path template: of {dir}, {stem} and {ext} of "
+        "the image id and of what the source captures (source.images, field_columns, {coco_id}); absolute, or for "
+        "source.format files and coco below source.uri"
+    )
+    masks: str | None = Field(None, description="panoptic: folder of the PNGs; default: uri without .json")
+    storage: Storage = Field({}, description="fsspec options for the predictions")
+    models: tuple[str, ...] = Field((), description="table: labels of the models to score; default: all")
+    match: Literal["image_id", "name"] = Field(
+        "image_id",
+        description="table: predictions belong to targets of the same image_id, or of the same file name "
+        "without folder and ending",
+    )
+    label: str = Field("predictions", description="what the model is called in the report; table: its own label")
+    taxonomy: str | None = Field(None, description="label space of the predictions; default: the targets'")
+    scale: float = Field(0.001, gt=0, description="depth: metres of one step of a 16-bit PNG; .npy holds metres")
+    kind: Literal["metric_m", "relative", "inverse_relative"] = Field("metric_m", description="depth: what it holds")
+    max_bytes: int = Field(1_000_000_000, ge=1, description="larger objects are refused unread")
+
+
+class ScoresOutput(Section):
+    uri: str | None = Field(None, description="folder of the scores table; default: _scores in predictions.uri")
+    storage: Storage = Field({}, description="fsspec options for the output; default: those of the predictions")
+    rows_per_file: int = Field(1000, ge=1, le=100_000, description="images per file")
+    commit_interval_s: float = Field(5.0, ge=0.1, description="seconds between commits")
+
+
+class EvaluateConfig(Section):
+    """Score predictions against the targets of a source, into a scores table that `maskmill report` reads."""
+
+    source: SourceConfig = Field(description="where the targets come from")
+    predictions: PredictionsConfig = Field(description="what is scored")
+    output: ScoresOutput = Field(ScoresOutput(), description="where the scores go")
+    score: ScoreConfig = Field(ScoreConfig(), description="how predictions are held against targets")
+    failure_budget: float = Field(
+        1.0, ge=0, le=1, description="share of images without a score that stops the run; the report lists them anyway"
+    )
+    retry: Literal["none", "failed"] = Field("none", description="failed: score again what could not be scored before")
+    on_changed: Literal["stop", "relabel"] = Field(
+        "relabel", description="when targets or predictions of a unit changed after they were scored: again, or stop"
+    )
+    workers: Count | Auto = Field("auto", description="scoring tasks at once; auto: as the cluster has cores")
     ray_address: str | None = Field(None, description="Ray cluster to join; default: RAY_ADDRESS, else a local one")
 
 
@@ -378,6 +475,7 @@ SOURCES: dict[str, type[_AnySource]] = {
     "files": FilesSource,
     "coco": CocoSource,
     "scenes": ScenesSource,
+    "table": TableSource,
 }
 
 
@@ -396,7 +494,7 @@ def describe(kind: type[Section], prefix: str = "") -> list[tuple[str, str, str]
             continue
         section = _section(field.annotation, []) or _section(field.annotation, ["0"])
         if section is not None:
-            repeated = ".N." if field.annotation is not section else "."
+            repeated = ".N." if get_origin(field.annotation) is tuple else "."
             rows += describe(section, f"{dotted}{repeated}")
             continue
         default = "required" if field.is_required() else json.dumps(field.default, default=str)

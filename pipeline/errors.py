@@ -10,6 +10,8 @@ __all__ = [
     "FailureBudgetExceeded",
     "ImageTooLargeError",
     "MaskmillError",
+    "MissingPredictionError",
+    "MissingTargetError",
     "PredictError",
     "PredictTimeoutError",
     "RowError",
@@ -98,6 +100,14 @@ class TargetMismatchError(RowError):
 
 class PredictError(RowError):
     """The model raised on this image, or gave values that are no prediction."""
+
+
+class MissingTargetError(RowError):
+    """A prediction of an image that the source does not have, or of which it has no target to hold it against."""
+
+
+class MissingPredictionError(RowError):
+    """A target of which there is no prediction."""
 
 
 class PredictTimeoutError(RowError):

@@ -14,6 +14,8 @@ __all__ = ["Reporter", "counts_table", "limiting_stage", "stage_shares"]
 
 LINE_EVERY_S = 10.0
 RATE_WINDOW_S = 60.0
+# Stages that share one pool of threads.
+POOLED = ("decode", "prepare", "encode", "score")
 
 
 def stage_shares(seconds: Mapping[str, float]) -> dict[str, float]:
@@ -24,14 +26,13 @@ def stage_shares(seconds: Mapping[str, float]) -> dict[str, float]:
 
 def limiting_stage(seconds: Mapping[str, float], *, wall_s: float, workers: int, threads: int, calls: int) -> str:
     """The stage whose threads are closest to busy all the time: what more of would make the run faster."""
-    lanes = {"read": calls, "decode": threads, "prepare": threads, "encode": threads, "predict": 1, "write": calls}
+    lanes = {"read": calls, "predict": 1, "write": calls}
     busy = dict(seconds)
     if wall_s <= 0 or not any(busy.values()):
         return "start-up"
-    # Decode, prepare and encode share one pool of threads.
-    shared = sum(busy.get(stage, 0.0) for stage in ("decode", "prepare", "encode"))
-    load = {stage: busy.get(stage, 0.0) / (wall_s * workers * lanes[stage]) for stage in ("read", "predict", "write")}
-    largest = max(("decode", "prepare", "encode"), key=lambda stage: busy.get(stage, 0.0))
+    shared = sum(busy.get(stage, 0.0) for stage in POOLED)
+    load = {stage: busy.get(stage, 0.0) / (wall_s * workers * lane) for stage, lane in lanes.items()}
+    largest = max(POOLED, key=lambda stage: busy.get(stage, 0.0))
     load[largest] = shared / (wall_s * workers * threads)
     return max(load, key=lambda stage: load[stage])
 
@@ -39,7 +40,9 @@ def limiting_stage(seconds: Mapping[str, float], *, wall_s: float, workers: int,
 class Reporter:
     """Progress of one run. Everything goes to standard error, so that standard output stays for results."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, doing: str = "labelling", *, quiet: bool = False) -> None:
+        """doing: what the bar says is done to the images."""
+        self._doing = doing
         self.console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
         self._live = self.console.is_terminal and not quiet
         self._quiet = quiet
@@ -60,7 +63,7 @@ class Reporter:
         self._last_line = time.monotonic()
         if self._live:
             self._progress = Progress(
-                TextColumn("labelling"),
+                TextColumn(self._doing),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[rate]} img/s  failed {task.fields[failed]}  limit: {task.fields[limit]}"),

@@ -1,4 +1,5 @@
-"""A labelling run's books on the driver: what is planned, left, committed, failed; never a sample, never Ray.
+"""A run's books on the driver, be it labelling or scoring: what is planned, left, committed, failed. Never a sample,
+never Ray.
 
 The driver is the only one that commits. It keeps one bitmap per unit in work and model, and takes a window of rows only
 where none of its positions is there yet, so a task that runs twice cannot double a row.
@@ -26,15 +27,16 @@ from pyroaring import BitMap
 
 import pipeline
 from pipeline import units
-from pipeline.config import LabelConfig, redacted
-from pipeline.errors import FailureBudgetExceeded, SourceChangedError
+from pipeline.config import EvaluateConfig, LabelConfig, redacted
+from pipeline.errors import ConfigError, FailureBudgetExceeded, SourceChangedError
+from pipeline.rows import PREDICTIONS
 from pipeline.stages.work import STAGES, Window, WorkItem
-from pipeline.status import RUN_FILE, Counts, table_counts
+from pipeline.status import RUN_FILE, SCORES_FOLDER, Counts, table_counts
 from pipeline.storage import join, open_fs, storage_errors
-from pipeline.table import FileRecord, PredictionTable
+from pipeline.table import FileRecord, RowTable
 from pipeline.units import UnitLog, row_to_unit
 
-__all__ = ["WORK", "LabelRun", "row_to_work"]
+__all__ = ["WORK", "Run", "output_of", "row_to_work"]
 
 log = logging.getLogger(__name__)
 
@@ -73,12 +75,24 @@ class _UnitInWork:
         return self.rows is not None and self.taken.get(model, BitMap()).range_cardinality(0, self.rows) == self.rows
 
 
-class LabelRun:
+class Run:
     """One run from its plan to its last commit. Not thread-safe: the driver's main thread owns it."""
 
-    def __init__(self, config: LabelConfig, plan: pa.Table, models: Sequence[Mapping[str, Any]]) -> None:
-        """plan: `units.plan_table` of the source. models: `LoadedModel.describe()` of each, in the config's order."""
+    def __init__(
+        self,
+        config: LabelConfig | EvaluateConfig,
+        plan: pa.Table,
+        models: Sequence[Mapping[str, Any]],
+        schema: pa.Schema = PREDICTIONS,
+    ) -> None:
+        """plan: `units.plan_table` of the source. models: `LoadedModel.describe()` of each, in the config's order.
+
+        schema: of the table's rows, PREDICTIONS or SCORES.
+        """
         self.config = config
+        self.job = "label" if isinstance(config, LabelConfig) else "evaluate"
+        self.uri, self.storage = output_of(config)
+        self.schema = schema
         self.models = list(models)
         self.versions = {model["label"]: model["version"] for model in models}
         self.run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
@@ -106,9 +120,8 @@ class LabelRun:
 
         Raises StorageError, SchemaError, and SourceChangedError where units changed and `on_changed` says stop.
         """
-        output = self.config.output
-        self.table = PredictionTable.open(output.uri, output.storage, create=True)
-        self.unit_log = UnitLog(output.uri, output.storage)
+        self.table = RowTable.open(self.uri, self.storage, create=True, schema=self.schema)
+        self.unit_log = UnitLog(self.uri, self.storage)
         self.unit_log.create(self.table.take_over())
         self.orphans = self.table.vacuum()
         lines = self.unit_log.read()
@@ -290,7 +303,7 @@ class LabelRun:
             "state": state,
             "started_at": self.started_at.isoformat(timespec="seconds"),
             "updated_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "job": "label",
+            "job": self.job,
             "config": redacted(self.config),
             "models": self.models,
             "source": {
@@ -302,12 +315,22 @@ class LabelRun:
             **more,
         }
         data = json.dumps(run, indent=1).encode()
-        output = self.config.output
-        fs, base = open_fs(output.uri, output.storage)
-        with storage_errors(join(output.uri, RUN_FILE)):
+        fs, base = open_fs(self.uri, self.storage)
+        with storage_errors(join(self.uri, RUN_FILE)):
             fs.makedirs(join(base, "_runs"), exist_ok=True)
             fs.pipe_file(join(base, "_runs", f"{self.run_id}.json"), data)
             fs.pipe_file(join(base, RUN_FILE), data)
+
+
+def output_of(config: LabelConfig | EvaluateConfig) -> tuple[str, Mapping[str, Any]]:
+    """Where a run writes: by default scores go beside what is scored, with its storage options."""
+    if isinstance(config, LabelConfig):
+        return config.output.uri, config.output.storage
+    if config.output.uri is not None:
+        return config.output.uri, config.output.storage
+    if config.predictions.format != "table":
+        raise ConfigError(f"output.uri must be given where predictions.format is {config.predictions.format}")
+    return join(config.predictions.uri, SCORES_FOLDER), config.output.storage or config.predictions.storage
 
 
 def code_version() -> dict[str, str]:

@@ -9,9 +9,9 @@ import pyarrow as pa
 __all__ = [
     "DEPTH",
     "FAILED",
+    "FIELDS",
     "MODEL",
     "OK",
-    "PREDICTIONS",
     "QUALITY",
     "SEGMENTS",
     "SEMANTIC",
@@ -21,6 +21,9 @@ __all__ = [
 MODEL = "model"
 OK = "ok"
 FAILED = "failed"
+
+# What the source knows of an image beside its pixels (city, camera, split), for slicing reports.
+FIELDS = pa.map_(pa.string(), pa.string())
 
 SEMANTIC = pa.struct([("format", pa.string()), ("data", pa.binary())])
 RLE = pa.string()
@@ -51,30 +54,6 @@ QUALITY = pa.struct(
         ("mean_max_probability", pa.float32()),
         ("mean_entropy", pa.float32()),
         ("low_confidence_share", pa.float32()),
-    ]
-)
-
-# One row per (image, model). `model` is the partition column: part of the table, not of its files.
-PREDICTIONS = pa.schema(
-    [
-        ("image_id", pa.string()),
-        ("shard_id", pa.string()),
-        ("position", pa.int32()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        (MODEL, pa.string()),
-        ("model_version", pa.string()),
-        ("status", pa.string()),
-        ("error_type", pa.string()),
-        ("error_stage", pa.string()),
-        ("error_message", pa.string()),
-        ("attempts", pa.int32()),
-        ("semantic", SEMANTIC),
-        ("segments", SEGMENTS),
-        ("depth", DEPTH),
-        ("quality", QUALITY),
-        ("run_id", pa.string()),
-        ("labeled_at", pa.timestamp("us", tz="UTC")),
     ]
 )
 

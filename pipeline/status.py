@@ -8,12 +8,14 @@ from typing import Any
 from pipeline import units
 from pipeline.errors import SchemaError
 from pipeline.storage import join, open_fs, storage_errors
-from pipeline.table import PredictionTable
+from pipeline.table import RowTable
 from pipeline.units import UnitLog
 
-__all__ = ["RUN_FILE", "Counts", "read_run", "table_counts"]
+__all__ = ["RUN_FILE", "SCORES_FOLDER", "Counts", "read_run", "table_counts"]
 
 RUN_FILE = "run.json"
+# Where `evaluate` puts the scores of a prediction table by default, below it.
+SCORES_FOLDER = "_scores"
 MAX_RUN_BYTES = 50_000_000
 
 
@@ -33,7 +35,7 @@ class Counts:
         return self.expected - self.ok - self.failed
 
 
-def table_counts(table: PredictionTable, unit_log: UnitLog, versions: Mapping[str, str]) -> list[Counts]:
+def table_counts(table: RowTable, unit_log: UnitLog, versions: Mapping[str, str]) -> list[Counts]:
     """Count rows from the logs; data files are opened only where their log entries do not tell whose they are."""
     lines = unit_log.read()
     result = []

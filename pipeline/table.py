@@ -21,31 +21,41 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction
+from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Schema, Transaction
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
+from pyarrow.dataset import FileSystemDataset
 from pyroaring import BitMap
 
 from pipeline.errors import RunError, SchemaError, StorageError
-from pipeline.schema import FAILED, MODEL, PREDICTIONS
+from pipeline.rows import LATER, PREDICTIONS
+from pipeline.schema import FAILED, MODEL
 from pipeline.storage import delta_options, join, open_fs, storage_errors
 
-__all__ = ["FILE_SCHEMA", "FileRecord", "PredictionTable", "delta_errors", "write_file"]
+__all__ = ["FILE_SCHEMA", "FileRecord", "RowTable", "delta_errors", "file_schema", "write_file"]
 
 FENCE = "maskmill"
 LOST = -1
+FILES_AT_ONCE = 16
 REWRITES_AT_ONCE = 16
 REWRITES_PER_COMMIT = 200
 TAKEN_OVER = "another run has taken over this table, so this one stops"
-FILE_SCHEMA = pa.schema([field for field in PREDICTIONS if field.name != MODEL])
-# Every plain column, because pyarrow takes a column without bounds in a file with bounds for one without values; and
-# none inside a struct, because Polars refuses a struct of which it is given the bounds of some fields only.
-STATS_COLUMNS = tuple(field.name for field in FILE_SCHEMA if not pa.types.is_nested(field.type))
-CONFIGURATION = {
-    "delta.checkpointInterval": "100",
-    "delta.dataSkippingStatsColumns": ",".join(STATS_COLUMNS),
-}
 QUIET = PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False)
+
+
+def file_schema(rows: pa.Schema) -> pa.Schema:
+    """The columns of a table's files: all but the partition's."""
+    return pa.schema([field for field in rows if field.name != MODEL])
+
+
+FILE_SCHEMA = file_schema(PREDICTIONS)
+
+
+def stats_columns(rows: pa.Schema) -> tuple[str, ...]:
+    """Columns with bounds in the log: every plain one, because pyarrow takes a column without bounds in a file with
+    bounds for one without values; and none inside a struct, because Polars refuses a struct of which it is given the
+    bounds of some fields only."""
+    return tuple(field.name for field in file_schema(rows) if not pa.types.is_nested(field.type))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +106,7 @@ def _tidy(text: str) -> str:
 def write_file(
     root: str, storage: Mapping[str, Any], rows: pa.Table, *, model: str, model_version: str, shard_id: str
 ) -> FileRecord:
-    """Put `rows` (FILE_SCHEMA, one unit, one model) under the table. Nobody sees the file before it is committed."""
+    """Put `rows` (`file_schema` of the table, one unit and model) under the table; nobody sees it before a commit."""
     path = f"{MODEL}={model}/part-{uuid.uuid4().hex}.parquet"
     sink = pa.BufferOutputStream()
     pq.write_table(rows, sink, compression="zstd", compression_level=1, write_statistics=True)
@@ -110,43 +120,55 @@ def write_file(
     return FileRecord(path, data.size, model, model_version, shard_id, len(rows), failed, positions, file_stats(rows))
 
 
-class PredictionTable:
-    """The table as one driver sees it."""
+class RowTable:
+    """A table of predictions or scores as one driver sees it."""
 
-    def __init__(self, uri: str, storage: Mapping[str, Any], table: DeltaTable) -> None:
+    def __init__(self, uri: str, storage: Mapping[str, Any], table: DeltaTable, schema: pa.Schema) -> None:
         self.uri = uri
+        self.schema = schema
         self.storage = dict(storage)
         self._table = table
         self._fence = LOST
 
     @classmethod
-    def open(cls, uri: str, storage: Mapping[str, Any], *, create: bool = False) -> "PredictionTable":
-        """Open the table at `uri`, or create an empty one.
+    def open(
+        cls, uri: str, storage: Mapping[str, Any], *, create: bool = False, schema: pa.Schema = PREDICTIONS
+    ) -> "RowTable":
+        """Open the table at `uri`, or create an empty one. schema: PREDICTIONS or SCORES of rows.py.
 
-        Raises StorageError where it is missing or refused, SchemaError where its columns are not a prediction table's.
+        Raises StorageError where it is missing or refused, SchemaError where its columns are other ones.
         """
+        kind = "prediction" if schema is PREDICTIONS else "score"
         where = f"output {uri}"
         with delta_errors(where):
             if create:
                 table = DeltaTable.create(
                     _delta_uri(uri),
-                    schema=PREDICTIONS,
+                    schema=schema,
                     partition_by=[MODEL],
                     mode="ignore",
-                    name="maskmill predictions",
-                    configuration=CONFIGURATION,
+                    name=f"maskmill {kind}s",
+                    configuration={
+                        "delta.checkpointInterval": "100",
+                        "delta.dataSkippingStatsColumns": ",".join(stats_columns(schema)),
+                    },
                     storage_options=delta_options(storage),
                 )
             else:
                 try:
                     table = DeltaTable(_delta_uri(uri), storage_options=delta_options(storage))
                 except TableNotFoundError as error:
-                    raise StorageError(f"no prediction table at {uri}") from error
+                    raise StorageError(f"no {kind} table at {uri}") from error
         columns = {field.name for field in table.schema().fields}
-        missing = [name for name in PREDICTIONS.names if name not in columns]
+        missing = [name for name in schema.names if name not in columns and name not in LATER]
         if missing:
-            raise SchemaError(f"{uri} is no prediction table: it lacks the column {', '.join(missing)}")
-        return cls(uri, storage, table)
+            raise SchemaError(f"{uri} is no {kind} table: it lacks the column {', '.join(missing)}")
+        later = [field for field in schema if field.name in LATER and field.name not in columns]
+        if later and create:
+            with delta_errors(where):
+                table.alter.add_columns(Schema.from_arrow(pa.schema(later)).fields)
+                table.update_incremental()
+        return cls(uri, storage, table, schema)
 
     def take_over(self) -> int:
         """Fence off every earlier driver: from now on their commits fail. Returns this driver's epoch, from 1 up."""
@@ -245,16 +267,26 @@ class PredictionTable:
         return rows, failed
 
     def scan(self, columns: Sequence[str], filter_expression: pc.Expression | None = None) -> Iterator[pa.RecordBatch]:
-        """Stream rows in batches of bounded size."""
+        """Stream rows in batches of bounded size. A column that an older table lacks (`LATER`) is null."""
         with delta_errors(f"output {self.uri}"):
             dataset = self._table.to_pyarrow_dataset()
-            yield from dataset.scanner(
-                columns=list(columns),
-                filter=filter_expression,
-                batch_size=4096,
-                batch_readahead=2,
-                fragment_readahead=2,
-            ).to_batches()
+            lacking = {name for name in LATER if name not in dataset.schema.names}
+            chosen = {
+                name: pc.scalar(pa.scalar(None, kind)) if name in lacking else pc.field(name)
+                for name, kind in ((name, self.schema.field(name).type) for name in columns)
+            }
+            fragments = dataset.get_fragments(filter_expression)
+            # A scanner reads on while its batches are used, until a gigabyte of them waits: so it gets few files.
+            while files := list(itertools.islice(fragments, FILES_AT_ONCE)):
+                yield from FileSystemDataset(files, dataset.schema, dataset.format).to_batches(
+                    columns=chosen,
+                    filter=filter_expression,
+                    batch_size=4096,
+                    batch_readahead=2,
+                    fragment_readahead=2,
+                    # A footer takes more memory than its rows: kept, those of a large table would fill it.
+                    cache_metadata=False,
+                )
 
     def done(self, shard_ids: Sequence[str], versions: Mapping[str, str]) -> dict[tuple[str, str], BitMap]:
         """Committed positions of some units: {(shard_id, model): bitmap}, for the current version of each model."""
@@ -314,7 +346,7 @@ class PredictionTable:
         def rewrite(file: Mapping[str, Any]) -> tuple[int, list[AddAction | RemoveAction]]:
             with storage_errors(join(self.uri, file["path"])):
                 stored = pq.ParquetFile(io.BytesIO(fs.cat_file(join(base, file["path"])))).read()
-            rows = stored.select(FILE_SCHEMA.names).cast(FILE_SCHEMA)
+            rows = _as_written(stored, file_schema(self.schema))
             kept = rows.filter(pc.invert(is_gone(file["model"], rows)))
             if len(kept) == len(rows):
                 return 0, []
@@ -360,16 +392,24 @@ class PredictionTable:
         return len(orphans)
 
 
+def _as_written(stored: pa.Table, schema: pa.Schema) -> pa.Table:
+    """A file's rows in the table's columns, those that came later as nulls."""
+    for field in schema:
+        if field.name not in stored.column_names:
+            stored = stored.append_column(field, pa.nulls(len(stored), field.type))
+    return stored.select(schema.names).cast(schema)
+
+
 def _add_action(file: FileRecord) -> AddAction:
     return AddAction(file.path, file.size_bytes, {MODEL: file.model}, int(time.time() * 1000), True, file.stats)
 
 
 def file_stats(rows: pa.Table) -> str:
-    """Delta's statistics of a file as JSON: rows, and minimum, maximum and nulls of each of STATS_COLUMNS."""
+    """Delta's statistics of a file as JSON: rows, and minimum, maximum and nulls of each of `stats_columns`."""
     low: dict[str, Any] = {}
     high: dict[str, Any] = {}
     nulls: dict[str, Any] = {}
-    for name in STATS_COLUMNS:
+    for name in stats_columns(rows.schema):
         column = rows.column(name)
         nulls[name] = column.null_count
         if column.null_count < len(column):

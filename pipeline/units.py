@@ -4,6 +4,7 @@ A small Delta table in the folder `_units` of the output. Lines are only ever ap
 model_version) the last one counts. Planning a million units is a few Arrow operations on a table of a million lines.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from pipeline.sources.base import Unit
 from pipeline.storage import delta_options, join
 from pipeline.table import QUIET, delta_errors
 
-__all__ = ["PLAN", "Coverage", "UnitLog", "plan_table", "row_to_unit"]
+__all__ = ["PLAN", "Coverage", "UnitLog", "extra_unit", "plan_table", "row_to_unit"]
 
 PLAN = pa.schema(
     [
@@ -54,6 +55,13 @@ def plan_table(units: Iterable[Unit]) -> pa.Table:
     return pa.Table.from_batches(batches, schema=PLAN)
 
 
+def extra_unit(shard_id: str, plan: pa.Table) -> pa.Table:
+    """A unit that no source has, as a table like `plan`; its fingerprint is of the whole plan."""
+    parts = "\n".join(plan.column("fingerprint").to_pylist())
+    fingerprint = hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
+    return plan_table([Unit(shard_id=shard_id, location="", size_bytes=0, fingerprint=fingerprint)])
+
+
 def row_to_unit(row: Mapping[str, Any]) -> Unit:
     """The inverse of one row of `plan_table`."""
     return Unit(**{name: row[name] for name in PLAN.names})
@@ -77,7 +85,7 @@ class UnitLog:
         self._order = 0
 
     def create(self, epoch: int) -> None:
-        """Create the log where it is missing. Lines of a later epoch (see PredictionTable.take_over) count as later."""
+        """Create the log where it is missing. Lines of a later epoch (see RowTable.take_over) count as later."""
         with delta_errors(self.uri):
             DeltaTable.create(
                 self.uri, schema=UNITS, mode="ignore", name="maskmill units", storage_options=self._options

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.schema import FAILED, OK
-from pipeline.table import FILE_SCHEMA, FileRecord, PredictionTable, write_file
+from pipeline.table import FILE_SCHEMA, FileRecord, RowTable, write_file
 
 TIME = datetime(2024, 5, 6, 7, 8, 9, 123456, tzinfo=UTC)
 
@@ -58,7 +58,7 @@ def put(
     return write_file(uri, storage or {}, rows, model=model, model_version=version, shard_id=shard_id)
 
 
-def keys(table: PredictionTable) -> list[tuple[str, str, int]]:
+def keys(table: RowTable) -> list[tuple[str, str, int]]:
     """(model, shard_id, position) of every row, sorted, repeated where a row is doubled."""
     return sorted(
         (row["model"], row["shard_id"], row["position"])

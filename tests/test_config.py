@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pipeline import config as module
 from pipeline.config import (
     CocoSource,
+    EvaluateConfig,
     LabelConfig,
     PackConfig,
     Resources,
@@ -303,6 +304,8 @@ def every_field(kind: type[BaseModel], prefix: str = "") -> set[str]:
                 walk(option, path)
         elif node.get("type") == "array" and "$ref" in node.get("items", {}):
             walk(node["items"], f"{path}.N")
+        elif any("$ref" in option for option in node.get("anyOf", [])):
+            walk(next(option for option in node["anyOf"] if "$ref" in option), path)
         elif "properties" in node:
             for name, field in node["properties"].items():
                 walk(field, f"{path}.{name}" if path else name)
@@ -313,13 +316,14 @@ def every_field(kind: type[BaseModel], prefix: str = "") -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("kind", [LabelConfig, PackConfig])
+@pytest.mark.parametrize("kind", [LabelConfig, PackConfig, EvaluateConfig])
 def test_describe_lists_every_field_with_its_meaning(kind: type[Any]) -> None:
     rows = describe(kind)
     assert {name for name, _, _ in rows} == every_field(kind)
     assert not [name for name, default, meaning in rows if not meaning.strip() or not default]
     assert len({(name, meaning) for name, _, meaning in rows}) == len(rows)
-    assert ("output.uri", "required") in {(name, default) for name, default, _ in rows}
+    required = "predictions.uri" if kind is EvaluateConfig else "output.uri"
+    assert (required, "required") in {(name, default) for name, default, _ in rows}
 
 
 def test_described_defaults_are_the_defaults() -> None:

@@ -13,11 +13,11 @@ from table_helpers import keys, put
 from pipeline import units
 from pipeline.config import LabelConfig
 from pipeline.errors import FailureBudgetExceeded, SourceChangedError, StorageError
-from pipeline.run import LabelRun, row_to_work
+from pipeline.run import Run, row_to_work
 from pipeline.sources.base import Unit
 from pipeline.stages.work import Window, WorkItem
 from pipeline.status import Counts, read_run
-from pipeline.table import PredictionTable
+from pipeline.table import RowTable
 from pipeline.units import UnitLog, plan_table
 
 MODELS = ({"label": "m", "version": "v1"}, {"label": "n", "version": "w1"})
@@ -35,7 +35,7 @@ def start(
     *,
     begin: bool = True,
     **fields: Any,
-) -> LabelRun:
+) -> Run:
     config = LabelConfig.model_validate(
         {
             "source": {"format": "scenes", "storage": {"secret": SECRET}, **fields.pop("source", {})},
@@ -44,18 +44,18 @@ def start(
             **fields,
         }
     )
-    run = LabelRun(config, plan_table(plan), models)
+    run = Run(config, plan_table(plan), models)
     if begin:
         run.begin()
     return run
 
 
-def items(run: LabelRun) -> list[WorkItem]:
+def items(run: Run) -> list[WorkItem]:
     return [row_to_work(row, len(run.models)) for row in run.pending().to_pylist()]
 
 
 def label(
-    run: LabelRun, item: WorkItem, rows: int, *, failed: Collection[int] = (), per_file: int = 3
+    run: Run, item: WorkItem, rows: int, *, failed: Collection[int] = (), per_file: int = 3
 ) -> Iterator[Window]:
     """What a worker does with one unit of `rows` samples."""
     if item.unit.stop is not None:
@@ -78,7 +78,7 @@ def label(
     yield Window(index=item.index, rows=rows)
 
 
-def finish(run: LabelRun, rows: Mapping[str, int], **options: Any) -> LabelRun:
+def finish(run: Run, rows: Mapping[str, int], **options: Any) -> Run:
     for item in items(run):
         for window in label(run, item, rows[item.unit.shard_id], **options):
             run.take(window)
@@ -92,7 +92,7 @@ def every(rows: Mapping[str, int], models: Sequence[Mapping[str, Any]] = MODELS[
 
 
 def table_keys(uri: str) -> list[tuple[str, str, int]]:
-    return keys(PredictionTable.open(uri, {}))
+    return keys(RowTable.open(uri, {}))
 
 
 @pytest.mark.parametrize("seed", range(14))
@@ -290,10 +290,10 @@ def test_retry_that_dies_after_its_note(tmp_path: Path, monkeypatch: pytest.Monk
     uri = str(tmp_path)
     finish(start(uri, [make_unit("a")]), {"a": 4}, failed={2})
 
-    def die(self: PredictionTable, versions: Mapping[str, str]) -> int:
+    def die(self: RowTable, versions: Mapping[str, str]) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(PredictionTable, "delete_failed", die)
+    monkeypatch.setattr(RowTable, "delete_failed", die)
     with pytest.raises(KeyboardInterrupt):
         start(uri, [make_unit("a")], retry="failed")
     monkeypatch.undo()
@@ -363,7 +363,7 @@ def test_relabelling_that_dies_is_done_by_the_next_run(
     def die(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(UnitLog if place == "append_plan" else PredictionTable, place, die)
+    monkeypatch.setattr(UnitLog if place == "append_plan" else RowTable, place, die)
     with pytest.raises(KeyboardInterrupt):
         start(uri, changed, on_changed="relabel")
     monkeypatch.undo()
@@ -458,13 +458,13 @@ def test_an_interrupted_commit_is_made_again_without_doubling(tmp_path: Path, mo
     run = start(uri, [make_unit("a")])
     for window in label(run, items(run)[0], 4):
         run.take(window)
-    commit = PredictionTable._commit
+    commit = RowTable._commit
 
-    def landed_then_interrupted(self: PredictionTable, actions: Any) -> None:
+    def landed_then_interrupted(self: RowTable, actions: Any) -> None:
         commit(self, actions)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(PredictionTable, "_commit", landed_then_interrupted)
+    monkeypatch.setattr(RowTable, "_commit", landed_then_interrupted)
     with pytest.raises(KeyboardInterrupt):
         run.commit()
     monkeypatch.undo()

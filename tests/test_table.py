@@ -16,8 +16,9 @@ from s3_endpoint import S3
 from table_helpers import TIME, keys, make_rows, put
 
 from pipeline.errors import SchemaError, StorageError
-from pipeline.schema import MODEL, PREDICTIONS
-from pipeline.table import FILE_SCHEMA, PredictionTable, file_stats, write_file
+from pipeline.rows import LATER, PREDICTIONS
+from pipeline.schema import MODEL
+from pipeline.table import FILE_SCHEMA, RowTable, file_stats, write_file
 
 ODD_NAMES = [
     "it's/shard.tar",
@@ -37,8 +38,8 @@ def uri(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def table(uri: str) -> PredictionTable:
-    table = PredictionTable.open(uri, {}, create=True)
+def table(uri: str) -> RowTable:
+    table = RowTable.open(uri, {}, create=True)
     table.take_over()
     return table
 
@@ -47,13 +48,13 @@ def data_files(uri: str) -> set[str]:
     return {f"{path.parent.name}/{path.name}" for path in Path(uri).glob("model=*/*.parquet")}
 
 
-def read_back(table: PredictionTable) -> pa.Table:
+def read_back(table: RowTable) -> pa.Table:
     return pa.Table.from_batches(list(table.scan(PREDICTIONS.names)), schema=PREDICTIONS).sort_by(
         [("model", "ascending"), ("shard_id", "ascending"), ("position", "ascending")]
     )
 
 
-def test_rows_come_back_exactly(table: PredictionTable, uri: str) -> None:
+def test_rows_come_back_exactly(table: RowTable, uri: str) -> None:
     segments = [
         {"id": 1, "category_id": 5, "score": 0.5, "area": 7, "bbox": [1.0, 2.0, 3.0, 4.0], "rle": "abc"},
         {"id": 2, "category_id": 6, "score": 0.25, "area": 0, "bbox": [], "rle": ""},
@@ -72,23 +73,23 @@ def test_rows_come_back_exactly(table: PredictionTable, uri: str) -> None:
     expected = expected.append_column(MODEL, pa.array(["m.1-x_y"] * len(expected))).select(PREDICTIONS.names)
     assert read_back(table).equals(expected)
     # A second look at the same table, by name alone.
-    assert read_back(PredictionTable.open(f"file://{uri}", {})).equals(expected)
+    assert read_back(RowTable.open(f"file://{uri}", {})).equals(expected)
 
 
-def test_uncommitted_files_are_invisible_and_several_files_come_together(table: PredictionTable, uri: str) -> None:
+def test_uncommitted_files_are_invisible_and_several_files_come_together(table: RowTable, uri: str) -> None:
     first, second = put(uri, "a", [0, 1]), put(uri, "b", [0], model="n", version="w")
     assert keys(table) == []
-    assert keys(PredictionTable.open(uri, {})) == []
+    assert keys(RowTable.open(uri, {})) == []
     assert len(table.files()) == 0
     before = deltalake.DeltaTable(uri).version()
     table.commit([first, second])
     assert deltalake.DeltaTable(uri).version() == before + 1
-    assert keys(PredictionTable.open(uri, {})) == [("m", "a", 0), ("m", "a", 1), ("n", "b", 0)]
+    assert keys(RowTable.open(uri, {})) == [("m", "a", 0), ("m", "a", 1), ("n", "b", 0)]
     table.commit([])
     assert deltalake.DeltaTable(uri).version() == before + 1
 
 
-def test_the_same_file_committed_twice_is_there_once(table: PredictionTable, uri: str) -> None:
+def test_the_same_file_committed_twice_is_there_once(table: RowTable, uri: str) -> None:
     file = put(uri, "a", [0, 1])
     table.commit([file])
     table.commit([file])  # a commit that was interrupted after it had landed is made again
@@ -96,7 +97,7 @@ def test_the_same_file_committed_twice_is_there_once(table: PredictionTable, uri
     assert table.counts("m", "v1") == (2, 0)
 
 
-def test_files_and_counts_come_from_the_log_alone(table: PredictionTable, uri: str) -> None:
+def test_files_and_counts_come_from_the_log_alone(table: RowTable, uri: str) -> None:
     files = [
         put(uri, "a", range(10), failed={1, 2}),
         put(uri, "a", range(10, 14)),
@@ -108,7 +109,7 @@ def test_files_and_counts_come_from_the_log_alone(table: PredictionTable, uri: s
     table.commit(files)
     for path in Path(uri).glob("model=*/*.parquet"):
         path.write_bytes(b"")
-    listed = {row["path"]: row for row in PredictionTable.open(uri, {}).files().to_pylist()}
+    listed = {row["path"]: row for row in RowTable.open(uri, {}).files().to_pylist()}
     for file in files:
         assert listed[file.path] == {
             "path": file.path,
@@ -126,9 +127,9 @@ def test_files_and_counts_come_from_the_log_alone(table: PredictionTable, uri: s
     assert sorted(table.shards().to_pylist()) == ["a", "b"]
 
 
-def test_a_second_driver_stops_the_first(table: PredictionTable, uri: str) -> None:
+def test_a_second_driver_stops_the_first(table: RowTable, uri: str) -> None:
     table.commit([put(uri, "a", [0])])
-    second = PredictionTable.open(uri, {})
+    second = RowTable.open(uri, {})
     assert second.take_over() == 3
     late = put(uri, "b", [0])
     for _ in range(2):
@@ -141,29 +142,29 @@ def test_a_second_driver_stops_the_first(table: PredictionTable, uri: str) -> No
     assert keys(second) == [("m", "a", 0)]
     assert late.path in data_files(uri)
     second.commit([put(uri, "c", [0])])
-    assert keys(PredictionTable.open(uri, {})) == [("m", "a", 0), ("m", "c", 0)]
+    assert keys(RowTable.open(uri, {})) == [("m", "a", 0), ("m", "c", 0)]
 
 
 def test_a_second_driver_stops_the_first_between_its_check_and_its_commit(
-    table: PredictionTable, uri: str, monkeypatch: pytest.MonkeyPatch
+    table: RowTable, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    second = PredictionTable.open(uri, {})
-    check = PredictionTable._check_fence
+    second = RowTable.open(uri, {})
+    check = RowTable._check_fence
 
-    def check_then_lose(self: PredictionTable) -> None:
+    def check_then_lose(self: RowTable) -> None:
         check(self)
         monkeypatch.undo()
         second.take_over()
 
-    monkeypatch.setattr(PredictionTable, "_check_fence", check_then_lose)
+    monkeypatch.setattr(RowTable, "_check_fence", check_then_lose)
     with pytest.raises(StorageError, match="another run has taken over"):
         table.commit([put(uri, "a", [0])])
     with pytest.raises(StorageError, match="another run has taken over"):
         table.commit([put(uri, "a", [0])])
-    assert keys(PredictionTable.open(uri, {})) == []
+    assert keys(RowTable.open(uri, {})) == []
 
 
-def test_vacuum_removes_exactly_what_the_log_does_not_name(table: PredictionTable, uri: str) -> None:
+def test_vacuum_removes_exactly_what_the_log_does_not_name(table: RowTable, uri: str) -> None:
     committed = [put(uri, "a", [0], failed={0}), put(uri, "b", range(4), failed={3}), put(uri, "c", [0], model="n.2")]
     table.commit(committed)
     orphans = [put(uri, "a", [0]), put(uri, "d", [0], model="n.2"), put(uri, "d", [0], model="only-orphans")]
@@ -181,14 +182,14 @@ def test_vacuum_removes_exactly_what_the_log_does_not_name(table: PredictionTabl
 
     assert table.delete_failed({"m": "v1"}) == 2
     assert table.vacuum() == 2  # a's only file, and b's old one
-    assert keys(PredictionTable.open(uri, {})) == [("m", "b", 0), ("m", "b", 1), ("m", "b", 2), ("n.2", "c", 0)]
+    assert keys(RowTable.open(uri, {})) == [("m", "b", 0), ("m", "b", 1), ("m", "b", 2), ("n.2", "c", 0)]
     assert len(keys(table)) == 4
 
 
 def test_vacuum_of_a_driver_that_lost_the_table_spares_the_next_ones_files(
-    table: PredictionTable, uri: str, monkeypatch: pytest.MonkeyPatch
+    table: RowTable, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    second = PredictionTable.open(uri, {})
+    second = RowTable.open(uri, {})
     second.take_over()
     file = put(uri, "a", [0])
     with pytest.raises(StorageError, match="taken over"):
@@ -198,7 +199,7 @@ def test_vacuum_of_a_driver_that_lost_the_table_spares_the_next_ones_files(
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_done_equals_brute_force(table: PredictionTable, uri: str, seed: int) -> None:
+def test_done_equals_brute_force(table: RowTable, uri: str, seed: int) -> None:
     draw = random.Random(seed)
     expected: dict[tuple[str, str, str], set[int]] = {}
     for _ in range(25):
@@ -219,7 +220,7 @@ def test_done_equals_brute_force(table: PredictionTable, uri: str, seed: int) ->
             assert table.done(shards, versions) == want
 
 
-def test_failed_attempts_and_delete_failed_keep_all_others(table: PredictionTable, uri: str) -> None:
+def test_failed_attempts_and_delete_failed_keep_all_others(table: RowTable, uri: str) -> None:
     table.commit(
         [
             put(uri, "a", range(6), failed={1, 4}, attempts={4: 3}),
@@ -247,7 +248,7 @@ def test_failed_attempts_and_delete_failed_keep_all_others(table: PredictionTabl
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-def test_odd_names(table: PredictionTable, uri: str, name: str) -> None:
+def test_odd_names(table: RowTable, uri: str, name: str) -> None:
     others = [put(uri, other, range(3), failed={0}) for other in (*ODD_NAMES, "x") if other != name]
     table.commit([put(uri, name, range(5), failed={2}, attempts={2: 2}), *others])
     assert table.done([name], {"m": "v1"}) == {(name, "m"): BitMap(range(5))}
@@ -262,24 +263,24 @@ def test_odd_names(table: PredictionTable, uri: str, name: str) -> None:
 
 
 def test_deletions_in_several_commits_can_die_between_them(
-    table: PredictionTable, uri: str, monkeypatch: pytest.MonkeyPatch
+    table: RowTable, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.table.REWRITES_PER_COMMIT", 2)
     table.commit([put(uri, shard, range(3), failed={1}) for shard in "abcde"])
-    commit, commits = PredictionTable._commit, 0
+    commit, commits = RowTable._commit, 0
 
-    def die_at_the_second(self: PredictionTable, actions: Any) -> None:
+    def die_at_the_second(self: RowTable, actions: Any) -> None:
         nonlocal commits
         commits += 1
         if commits == 2:
             raise KeyboardInterrupt
         commit(self, actions)
 
-    monkeypatch.setattr(PredictionTable, "_commit", die_at_the_second)
+    monkeypatch.setattr(RowTable, "_commit", die_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         table.delete_failed({"m": "v1"})
-    monkeypatch.setattr(PredictionTable, "_commit", commit)
-    again = PredictionTable.open(uri, {})
+    monkeypatch.setattr(RowTable, "_commit", commit)
+    again = RowTable.open(uri, {})
     again.take_over()
     assert again.counts("m", "v1") == (13, 3)
     assert again.vacuum() == 4  # two replaced files, two replacements that were not committed
@@ -287,7 +288,7 @@ def test_deletions_in_several_commits_can_die_between_them(
     assert keys(again) == [("m", shard, position) for shard in "abcde" for position in (0, 2)]
 
 
-def test_delete_units_in_a_file_of_many(table: PredictionTable, uri: str) -> None:
+def test_delete_units_in_a_file_of_many(table: RowTable, uri: str) -> None:
     shards = [f"{index}.tar" for index in range(205)]
     rows = pa.concat_tables([make_rows(shard, [0]) for shard in shards])
     table.commit([write_file(uri, {}, rows, model="m", model_version="v1", shard_id="")])
@@ -297,7 +298,7 @@ def test_delete_units_in_a_file_of_many(table: PredictionTable, uri: str) -> Non
     assert table.delete_units([]) == 0
 
 
-def test_compaction_by_another_tool_keeps_everything_known(table: PredictionTable, uri: str) -> None:
+def test_compaction_by_another_tool_keeps_everything_known(table: RowTable, uri: str) -> None:
     table.commit([put(uri, "a", range(3), failed={1}), put(uri, "b", range(4)), put(uri, "b", [0], version="old")])
     done, before = table.done(["a", "b"], {"m": "v1"}), read_back(table)
     deltalake.DeltaTable(uri).optimize.compact()
@@ -323,7 +324,7 @@ SEGMENT = {"id": 1, "category_id": 2, "score": 0.5, "area": 4, "bbox": [0.0, 0.0
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, pa.Table]:
     """Files in which columns are full, mixed or all null, in several orders, and one rewritten by deltalake."""
     uri = str(tmp_path_factory.mktemp("mixed"))
-    table = PredictionTable.open(uri, {}, create=True)
+    table = RowTable.open(uri, {}, create=True)
     table.take_over()
     everything: dict[str, Any] = {"quality": QUALITY, "depth": DEPTH, "segments": [SEGMENT]}
     options: list[dict[str, Any]] = [
@@ -401,7 +402,7 @@ def test_every_readers_filter_sees_every_row(mixed: tuple[str, pa.Table], path: 
     database = duckdb.connect()
     database.register("dataset", dataset)
     name = ".".join(f'"{part}"' for part in path)
-    committed = [str(Path(uri, file)) for file in PredictionTable.open(uri, {}).files().column("path").to_pylist()]
+    committed = [str(Path(uri, file)) for file in RowTable.open(uri, {}).files().column("path").to_pylist()]
     for relation in ("dataset", f"read_parquet({committed!r}, hive_partitioning=true)"):
         counted = database.execute(f"select count(*) from {relation} where {name} is not null").fetchone()
         assert counted == (valid,), relation
@@ -412,9 +413,9 @@ def test_every_readers_filter_sees_every_row(mixed: tuple[str, pa.Table], path: 
             assert counted == (equal[str(value)],), (relation, value)
 
 
-def test_duckdb_reads_the_folder_by_a_pattern(table: PredictionTable, uri: str, tmp_path: Path) -> None:
+def test_duckdb_reads_the_folder_by_a_pattern(table: RowTable, uri: str, tmp_path: Path) -> None:
     plain = str(tmp_path / "plain")
-    other = PredictionTable.open(plain, {}, create=True)
+    other = RowTable.open(plain, {}, create=True)
     other.take_over()
     other.commit([put(plain, "a", range(3), failed={1}), put(plain, "a", range(2), model="n", failed={0, 1})])
     query = f"select model, status, count(*) from read_parquet('{plain}/model=*/*.parquet', hive_partitioning=true)"
@@ -436,13 +437,13 @@ def test_statistics_bound_every_plain_column() -> None:
     assert plain - set(without["minValues"]) == {"error_type", "error_stage", "error_message", "attempts"}
 
 
-def test_a_log_with_checkpoints_says_the_same(table: PredictionTable, uri: str) -> None:
+def test_a_log_with_checkpoints_says_the_same(table: RowTable, uri: str) -> None:
     for index in range(110):
         table.commit([put(uri, f"s{index % 7}", [index], failed={index} if index % 10 == 0 else ())])
     assert list(Path(uri, "_delta_log").glob("*.checkpoint.parquet"))
-    again = PredictionTable.open(uri, {})
+    again = RowTable.open(uri, {})
 
-    def listed(each: PredictionTable) -> list[dict[str, Any]]:
+    def listed(each: RowTable) -> list[dict[str, Any]]:
         return each.files().sort_by("path").to_pylist()
 
     assert listed(again) == listed(table)
@@ -456,16 +457,16 @@ def test_a_log_with_checkpoints_says_the_same(table: PredictionTable, uri: str) 
 def test_what_is_no_prediction_table(tmp_path: Path) -> None:
     missing = str(tmp_path / "missing")
     with pytest.raises(StorageError, match="no prediction table at"):
-        PredictionTable.open(missing, {})
+        RowTable.open(missing, {})
     assert not Path(missing).exists()
     other = str(tmp_path / "other")
     deltalake.write_deltalake(other, pa.table({"image_id": ["a"], "x": [1]}))
     for create in (False, True):
         with pytest.raises(SchemaError, match=r"is no prediction table: it lacks the column.* shard_id, position"):
-            PredictionTable.open(other, {}, create=create)
+            RowTable.open(other, {}, create=create)
 
 
-def test_a_commit_that_storage_refuses_is_not_called_a_takeover(table: PredictionTable, uri: str) -> None:
+def test_a_commit_that_storage_refuses_is_not_called_a_takeover(table: RowTable, uri: str) -> None:
     log = Path(uri, "_delta_log")
     log.rename(Path(uri, "_moved"))
     log.write_text("in the way")
@@ -477,13 +478,13 @@ def test_a_commit_that_storage_refuses_is_not_called_a_takeover(table: Predictio
 
 def test_s3(s3: S3) -> None:
     uri = f"s3://{s3.bucket('tables')}/deep er/out"
-    table = PredictionTable.open(uri, s3.options, create=True)
+    table = RowTable.open(uri, s3.options, create=True)
     assert table.take_over() == 1
     storage = s3.options
     files = [put(uri, "a b#1", range(4), failed={2}, storage=storage), put(uri, "c", [0], storage=storage)]
     table.commit(files)
     orphan = put(uri, "d", [0], storage=storage)
-    assert keys(PredictionTable.open(uri, storage)) == [
+    assert keys(RowTable.open(uri, storage)) == [
         ("m", "a b#1", 0),
         ("m", "a b#1", 1),
         ("m", "a b#1", 2),
@@ -500,7 +501,7 @@ def test_s3(s3: S3) -> None:
     assert table.delete_failed({"m": "v1"}) == 1
     assert table.vacuum() == 1
 
-    second = PredictionTable.open(uri, storage)
+    second = RowTable.open(uri, storage)
     second.take_over()
     with pytest.raises(StorageError, match="taken over"):
         table.commit([put(uri, "e", [0], storage=storage)])
@@ -512,7 +513,7 @@ def test_s3(s3: S3) -> None:
 @pytest.mark.parametrize("create", [False, True])
 def test_s3_without_a_bucket_is_one_short_line(s3: S3, create: bool) -> None:
     with pytest.raises(StorageError) as caught:
-        PredictionTable.open("s3://no-such-bucket/out", s3.options, create=create)
+        RowTable.open("s3://no-such-bucket/out", s3.options, create=create)
     message = str(caught.value)
     assert "s3://no-such-bucket/out" in message
     assert "\n" not in message
@@ -520,3 +521,22 @@ def test_s3_without_a_bucket_is_one_short_line(s3: S3, create: bool) -> None:
     assert len(message) < 250, message
     with pytest.raises(StorageError, match="no-such-bucket"):
         put("s3://no-such-bucket/out", "a", [0], storage=s3.options)
+
+
+def test_a_table_from_before_scores_gets_their_columns(tmp_path: Path) -> None:
+    uri = str(tmp_path)
+    older = pa.schema([field for field in PREDICTIONS if field.name not in LATER])
+    table = RowTable.open(uri, {}, create=True, schema=older)
+    table.take_over()
+    rows = make_rows("s-0", [0]).drop_columns(list(LATER))
+    table.commit([write_file(uri, {}, rows, model="m", model_version="v1", shard_id="s-0")])
+    assert RowTable.open(uri, {}).counts("m", "v1") == (1, 0)  # read as it is
+    table = RowTable.open(uri, {}, create=True)
+    table.take_over()
+    table.commit([put(uri, "s-0", [1], fields=[("city", "x")])])
+    found = pa.Table.from_batches(list(table.scan(["position", "fields", "score"]))).sort_by("position").to_pylist()
+    assert found == [
+        {"position": 0, "fields": None, "score": None},
+        {"position": 1, "fields": [("city", "x")], "score": None},
+    ]
+    assert table.delete_units(["s-0"]) == 2

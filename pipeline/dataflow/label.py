@@ -16,6 +16,7 @@ from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 
 from pipeline.config import LabelConfig
 from pipeline.dataflow.cluster import ENVIRONMENT, Pool, quiet_context, ray_errors, unit_blocks
+from pipeline.dataflow.windows import iter_windows, window_to_table
 from pipeline.models.load import load_model
 from pipeline.models.spec import Preprocess
 from pipeline.run import row_to_work
@@ -25,38 +26,10 @@ from pipeline.stages.label import Labeller, thread_count
 from pipeline.stages.predict import Predict, choose_device
 from pipeline.stages.transfer import pack_windows, unpack_window
 from pipeline.stages.work import LabelPlan, Window
-from pipeline.table import FileRecord
 
 __all__ = ["label_windows", "resolve_models"]
 
 SPLIT_WINDOW_ROWS = 64
-WINDOWS = pa.schema(
-    [
-        ("index", pa.int64()),
-        (
-            "files",
-            pa.list_(
-                pa.struct(
-                    [
-                        ("path", pa.string()),
-                        ("size_bytes", pa.int64()),
-                        ("model", pa.string()),
-                        ("model_version", pa.string()),
-                        ("shard_id", pa.string()),
-                        ("rows", pa.int64()),
-                        ("failed", pa.int64()),
-                        ("positions", pa.large_binary()),
-                        ("stats", pa.string()),
-                    ]
-                )
-            ),
-        ),
-        ("rows", pa.int64()),
-        ("images", pa.int64()),
-        ("wall_s", pa.float64()),
-        ("seconds", pa.map_(pa.string(), pa.float64())),
-    ]
-)
 
 
 def resolve_models(config: LabelConfig, pool: Pool) -> list[dict[str, Any]]:
@@ -114,10 +87,7 @@ def label_windows(work: pa.Table, plan: LabelPlan, pool: Pool, models: list[dict
         memory=pool.memory_bytes,
         **environment,
     )
-    with ray_errors():
-        for batch in windows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for row in batch.to_pylist():
-                yield _to_window(row)
+    yield from iter_windows(windows)
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,7 +111,7 @@ class _Worker:
                 preprocesses = tuple(model.preprocess for model in self.labeller.models)
                 windows = self.labeller.label_decoded(item, unpack_window(row["window"], preprocesses))
             for window in windows:
-                yield _from_window(window)
+                yield window_to_table(window)
 
 
 class _Reader:
@@ -160,6 +130,7 @@ class _Reader:
                 max_pixels=self.plan.source.max_pixels,
                 pool=pool,
                 threads=threads,
+                targets=any(self.plan.scorers),
             )
             for place, row in enumerate(work.to_pylist()):
                 item = row_to_work(row, len(self.preprocesses))
@@ -170,26 +141,3 @@ class _Reader:
                         .append_column("window", pa.array([window], pa.large_binary()))
                         .append_column("end", pa.array([rows], pa.int64()))
                     )
-
-
-def _from_window(window: Window) -> pa.Table:
-    row = {
-        "index": window.index,
-        "files": [asdict(file) for file in window.files],
-        "rows": window.rows,
-        "images": window.images,
-        "wall_s": window.wall_s,
-        "seconds": list(window.seconds.items()),
-    }
-    return pa.Table.from_pylist([row], schema=WINDOWS)
-
-
-def _to_window(row: Mapping[str, Any]) -> Window:
-    return Window(
-        index=row["index"],
-        files=tuple(FileRecord(**file) for file in row["files"]),
-        rows=row["rows"],
-        images=row["images"],
-        wall_s=row["wall_s"],
-        seconds=dict(row["seconds"]),
-    )

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from pipeline.errors import SchemaError
 
-__all__ = ["ClassSums", "class_sums_type", "ratio"]
+__all__ = ["ClassSums", "class_sums_type", "flat_lists", "ratio"]
 
 
 def class_sums_type(fields: tuple[str, ...]) -> pa.DataType:
@@ -25,6 +25,13 @@ def ratio(numerator: npt.NDArray[Any], denominator: npt.NDArray[Any]) -> npt.NDA
     values = np.full(len(denominator), np.nan)
     np.divide(numerator, denominator, out=values, where=denominator != 0)
     return values
+
+
+def flat_lists(lists: pa.Array) -> tuple[npt.NDArray[np.int64], pa.Array]:
+    """The items of a column of lists one after the other, and the row of each; a null row has none."""
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+    # Not list_parent_indices: it counts what lies under a null as well.
+    return np.repeat(np.arange(len(lists)), lengths), pc.list_flatten(lists)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,16 +91,28 @@ class ClassSums:
     @classmethod
     def from_rows(cls, rows: pa.Array | pa.ChunkedArray) -> Self:
         """All rows of a column merged, without a Python object per row; null rows count as empty."""
+        _, category_id, sums = cls.entries(rows)
+        return cls.from_entries(category_id, sums)
+
+    @classmethod
+    def entries(
+        cls, rows: pa.Array | pa.ChunkedArray
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """What a column's rows hold, (E) each: the row, ascending, the category, and its sums (E, fields).
+
+        Raises SchemaError for a column of another type or with nulls inside a row.
+        """
         if isinstance(rows, pa.ChunkedArray):
             rows = rows.combine_chunks()
         expected = class_sums_type(cls.FIELDS)
         if rows.type != expected:
             raise SchemaError(f"expected a column of {expected}, got {rows.type}")
-        entries = pc.list_flatten(pc.struct_field(rows, "classes"))
-        columns = [
-            pc.struct_field(entries, name).to_numpy(zero_copy_only=False) for name in ("category_id", *cls.FIELDS)
-        ]
-        return cls.from_entries(columns[0], np.stack(columns[1:], axis=1))
+        row, found = flat_lists(pc.struct_field(rows, "classes"))
+        columns = [pc.struct_field(found, name) for name in ("category_id", *cls.FIELDS)]
+        if any(column.null_count for column in columns):
+            raise SchemaError(f"expected {', '.join(cls.FIELDS)} of each class, got nulls")
+        category_id, *sums = (column.to_numpy(zero_copy_only=False).astype(np.int64) for column in columns)
+        return row, category_id, np.stack(sums, axis=1)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, type(self)):

@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.errors import PredictError, SchemaError, TargetMismatchError
-from pipeline.metrics.classsums import ClassSums, class_sums_type, ratio
+from pipeline.metrics.classsums import ClassSums, class_sums_type, flat_lists, ratio
 from pipeline.metrics.joint import Joint, joint_counts
 from pipeline.taxonomy import Taxonomy
 
@@ -148,6 +149,34 @@ class Confusion:
             np.add.at(matrix, (np.searchsorted(known, target), column), np.array(row["pixels"], np.int64))
         except (KeyError, TypeError, ValueError) as error:
             raise SchemaError(f"expected a row of ids, target, pred and pixels, got {str(row)[:100]}") from error
+        return cls(empty.ids, matrix)
+
+    @classmethod
+    def from_rows(cls, rows: pa.Array | pa.ChunkedArray, ids: Ids) -> Self:
+        """All rows of a column of CONFUSION merged, without a Python object per row; null rows count as empty.
+
+        ids: their label space. Raises SchemaError for a column of another type and for rows of other ids.
+        """
+        if rows.type != CONFUSION:
+            raise SchemaError(f"expected a column of confusion matrices, got {rows.type}")
+        if isinstance(rows, pa.ChunkedArray):
+            rows = rows.combine_chunks()
+        rows = rows.drop_null()
+        lists = {name: flat_lists(pc.struct_field(rows, name)) for name in CONFUSION.names}
+        if any(items.null_count for _, items in lists.values()):
+            raise SchemaError("expected confusion matrices without nulls")
+        if any(not np.array_equal(lists["target"][0], lists[name][0]) for name in ("pred", "pixels")):
+            raise SchemaError("expected as many targets, preds and pixels in each confusion matrix")
+        space, target, pred, pixels = (items.to_numpy(zero_copy_only=False) for _, items in lists.values())
+        empty = cls.empty(ids)
+        known = np.array(empty.ids, np.int64)
+        if len(space) != len(rows) * len(known) or (space.reshape(len(rows), len(known)) != known).any():
+            raise SchemaError(f"expected confusion matrices of {empty.ids}, got {np.unique(space).tolist()}"[:500])
+        if not (np.isin(target, known).all() and np.isin(pred, [*known, UNKNOWN]).all()):
+            raise SchemaError(f"expected cells of {empty.ids}"[:500])
+        matrix = np.zeros(empty.matrix.shape, np.int64)
+        column = np.where(pred >= 0, np.searchsorted(known, pred), len(known))
+        np.add.at(matrix, (np.searchsorted(known, target), column), pixels)
         return cls(empty.ids, matrix)
 
     def __eq__(self, other: object) -> bool:

@@ -192,13 +192,17 @@ class Depth:
 
     @classmethod
     def from_rows(cls, rows: pa.Array | pa.ChunkedArray) -> "Depth":
-        """All rows of a column of DEPTH_ERRORS at once; nulls are left out. Raises SchemaError for another type."""
+        """All rows of a column of DEPTH_ERRORS at once; nulls are left out. Raises SchemaError for another type and
+        for values that are not finite."""
         if rows.type != DEPTH_ERRORS:
             raise SchemaError(f"expected a column of depth errors, got {rows.type}")
         chunks = rows.chunks if isinstance(rows, pa.ChunkedArray) else [rows]
         state = cls.empty()
-        for chunk in chunks:
-            state = state.merge(cls._fold(chunk.drop_null()))
+        try:
+            for chunk in chunks:
+                state = state.merge(cls._fold(chunk.drop_null()))
+        except ValueError as error:
+            raise SchemaError(f"expected sums of depth errors: {error}") from error
         return state
 
     @classmethod

@@ -21,6 +21,8 @@ IouType = Literal["bbox", "segm"]
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 AREAS = np.array([[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]])
 MAX_PREDICTIONS = 100
+# Of all outlines of one mask, in pixels: pycocotools walks them in memory, five steps to a pixel.
+LONGEST_OUTLINE = 4e6
 RLE_CODES = bytes(range(48, 112))  # six bits each, the highest of them: more follow (maskApi.c, rleFrString)
 
 # A match needs no more than this, so that equal shapes match at a threshold of 1 in spite of rounding (COCOeval).
@@ -36,7 +38,8 @@ class Objects:
     """Predictions or targets of one image, in the order in which they came (it breaks ties of equal scores).
 
     segmentation: COCO's three forms (polygons, run lengths as a list, compressed run lengths), or none: the box.
-    area: of the size bins. Without it, that of the box for boxes and that of the mask for masks.
+    area: of the size bins. Without it, that of the box for boxes and that of the mask for masks; where there are no
+    boxes, that of the mask for both (COCO.loadRes).
     """
 
     height: int
@@ -62,26 +65,39 @@ class Objects:
                 area=np.array([item["area"] for item in annotations], np.float64) if known else None,
                 crowd=np.array([bool(item.get("iscrowd", 0)) for item in annotations], bool),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise TargetMismatchError(f"expected COCO annotations: {type(error).__name__}: {error}") from error
 
     @classmethod
-    def from_results(cls, results: Sequence[Mapping[str, Any]], *, height: int, width: int) -> "Objects":
+    def from_results(
+        cls,
+        results: Sequence[Mapping[str, Any]],
+        *,
+        height: int,
+        width: int,
+        boxed: bool | None = None,
+        masked: bool = True,
+    ) -> "Objects":
         """Predictions of one image from a COCO results JSON, by the rules of COCO.loadRes: where the first has a box,
-        the area of boxes bins them by size, even as masks; else that of the masks does."""
+        the area of boxes bins them by size, even as masks; else that of the masks does.
+
+        boxed, masked: whether the first result of the whole file has a box and a mask; without `boxed`, the first of
+        `results` tells. Raises PredictError.
+        """
         try:
-            boxed = bool(results) and bool(results[0].get("bbox"))
+            if boxed is None:
+                boxed = bool(results) and bool(results[0].get("bbox"))
             bbox_N4 = _boxes([item["bbox"] for item in results]) if boxed else None
             return cls(
                 height=height,
                 width=width,
                 category_id=np.array([item["category_id"] for item in results], np.int64),
                 bbox_N4=bbox_N4,
-                segmentation=[item.get("segmentation") for item in results],
+                segmentation=[item.get("segmentation") for item in results] if masked else None,
                 score=np.array([item["score"] for item in results], np.float64),
                 area=None if bbox_N4 is None else bbox_N4[:, 2] * bbox_N4[:, 3],
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise PredictError(f"expected COCO results: {type(error).__name__}: {error}") from error
 
     @classmethod
@@ -128,23 +144,25 @@ class Objects:
                 return item
             compressed: Mapping[str, Any] = coco_mask.frPyObjects(item, self.height, self.width)
             return compressed
+        _check_outlines(item)
         merged: Mapping[str, Any] = coco_mask.merge(coco_mask.frPyObjects(item, self.height, self.width))
         return merged
 
     def shapes(self, iou_type: IouType) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
         """Boxes (N, 4) or run lengths (N objects), and the areas that bin them."""
-        if iou_type == "bbox":
+        if iou_type == "bbox" and self.bbox_N4 is not None:
             boxes_N4 = self.bbox_N4
-            if boxes_N4 is None:
-                boxes_N4 = np.asarray(coco_mask.toBbox(self.rles()), np.float64).reshape(-1, 4)
             return boxes_N4, boxes_N4[:, 2] * boxes_N4[:, 3] if self.area is None else self.area
         rles = np.empty(len(self), object)
         rles[:] = self.rles()
-        if self.area is not None:
-            return rles, self.area
-        # pycocotools' area refuses more than 255 at once under numpy 2 (an array of uint8 with their number).
-        parts = [coco_mask.area(rles[at : at + 255].tolist()) for at in range(0, len(rles), 255)]
-        return rles, np.concatenate([np.zeros(0), *parts])
+        area = self.area
+        if area is None:
+            # pycocotools' area refuses more than 255 at once under numpy 2 (an array of uint8 with their number).
+            parts = [coco_mask.area(rles[at : at + 255].tolist()) for at in range(0, len(rles), 255)]
+            area = np.concatenate([np.zeros(0), *parts])
+        if iou_type == "segm":
+            return rles, area
+        return np.asarray(coco_mask.toBbox(rles.tolist()), np.float64).reshape(-1, 4), area
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,6 +205,19 @@ def _check_counts(counts: str | bytes) -> None:
     codes = counts.encode("latin-1", "replace") if isinstance(counts, str) else counts
     if codes.translate(None, RLE_CODES) or not codes or (codes[-1] - RLE_CODES[0]) & 32:
         raise TargetMismatchError(f"expected run lengths as COCO compresses them, got {counts[:40]!r}")
+
+
+def _check_outlines(polygons: Sequence[Sequence[float]]) -> None:
+    arrays = [np.asarray(polygon, np.float64) for polygon in polygons]
+    # Half as many edges as numbers, none longer than from -max to max: nearly always that is enough to know.
+    if sum(points.size * np.abs(points).max() for points in arrays) <= LONGEST_OUTLINE:
+        return
+    length = 0.0
+    for points in arrays:
+        points_N2 = points[: points.size // 2 * 2].reshape(-1, 2)
+        length += float(np.abs(points_N2 - np.roll(points_N2, 1, axis=0)).max(axis=1).sum())
+    if not length <= LONGEST_OUTLINE:  # NaN as well
+        raise TargetMismatchError(f"expected outlines of at most {LONGEST_OUTLINE:.0e} pixels, got {length:.3g}")
 
 
 def _boxes(boxes: list[Any]) -> npt.NDArray[np.float64]:

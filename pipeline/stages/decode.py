@@ -1,9 +1,9 @@
 """Encoded samples to what each model takes: decoded once, prepared once per model, errors kept on the sample."""
 
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipeline.errors import PredictError, RowError
 from pipeline.images import decode_image
@@ -23,7 +23,7 @@ DECODED_BYTES = 512_000_000
 class Decoded:
     """One sample after decoding. prepared: one entry per model, None where that model has its row already.
 
-    width, height: of the decoded image, 0 where `error` is set.
+    width, height: of the decoded image, 0 where `error` is set. targets: encoded, empty where nothing is scored.
     read_s, decode_s, prepare_s: thread seconds spent on it.
     """
 
@@ -38,19 +38,31 @@ class Decoded:
     read_s: float = 0.0
     decode_s: float = 0.0
     prepare_s: float = 0.0
+    targets: Mapping[str, bytes] = field(default_factory=dict)
+    fields: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
-        return sum(item.image_CHW.nbytes for item in self.prepared if item is not None)
+        pixels = sum(item.image_CHW.nbytes for item in self.prepared if item is not None)
+        return pixels + sum(map(len, self.targets.values()))
 
 
 class Decoder:
     """Reads units of a source and decodes them on a thread pool."""
 
     def __init__(
-        self, source: Source, preprocesses: Sequence[Preprocess], *, max_pixels: int, pool: Executor, threads: int
+        self,
+        source: Source,
+        preprocesses: Sequence[Preprocess],
+        *,
+        max_pixels: int,
+        pool: Executor,
+        threads: int,
+        targets: bool = False,
     ) -> None:
+        """targets: whether they go along with the images."""
         self.source = source
+        self.targets = targets
         self.preprocesses = tuple(preprocesses)
         self.max_pixels = max_pixels
         self._pool = pool
@@ -64,7 +76,7 @@ class Decoder:
         samples = read_ahead(
             _timed(read_unit(self.source, unit, _InAll(done))),
             count=READ_AHEAD_SAMPLES,
-            weight=lambda timed: len(timed[0].image) if isinstance(timed[0], Sample) else 0,
+            weight=lambda timed: _encoded_bytes(timed[0]) if isinstance(timed[0], Sample) else 0,
             limit=READ_AHEAD_BYTES,
         )
         yield from map_ordered(
@@ -105,6 +117,8 @@ class Decoder:
             read_s=read_s,
             decode_s=decoded - started,
             prepare_s=time.perf_counter() - decoded,
+            targets=sample.targets if self.targets else {},
+            fields=sample.fields,
         )
 
 
@@ -124,7 +138,12 @@ def _failed(sample: Sample, error: RowError, stage: str, read_s: float) -> Decod
         error=error,
         error_stage=stage,
         read_s=read_s,
+        fields=sample.fields,
     )
+
+
+def _encoded_bytes(sample: Sample) -> int:
+    return len(sample.image) + sum(map(len, sample.targets.values()))
 
 
 class _InAll:

@@ -64,7 +64,7 @@ def encode_instances(instances: Instances, *, width: int, height: int) -> list[d
             {
                 "id": len(segments) + 1,
                 "category_id": int(instances.category_ids_N[index]),
-                "score": float(instances.scores_N[index]),
+                "score": float(np.float32(instances.scores_N[index])),
                 "area": area,
                 "bbox": rle_bbox(rle, width=width, height=height),
                 "rle": rle,

@@ -18,6 +18,8 @@ import torch
 from pipeline.errors import ConfigError, PredictTimeoutError, RowError
 from pipeline.models.load import load_model
 from pipeline.models.spec import Prediction
+from pipeline.predictions.base import Predicted
+from pipeline.predictions.stored import stored
 from pipeline.schema import FAILED, OK
 from pipeline.sources.base import UnitEnd
 from pipeline.sources.registry import open_source
@@ -26,6 +28,8 @@ from pipeline.stages.decode import Decoded, Decoder
 from pipeline.stages.device import Device, Job
 from pipeline.stages.encode import encode
 from pipeline.stages.predict import Predict, Prepared, choose_device, default_batch_pixels
+from pipeline.stages.score import Scorer, score_key, unscored
+from pipeline.stages.stream import Members
 from pipeline.stages.work import STAGES, LabelPlan, Window, WorkItem
 from pipeline.table import FILE_SCHEMA, write_file
 
@@ -96,6 +100,7 @@ class Labeller:
             max_pixels=plan.source.max_pixels,
             pool=self._pool,
             threads=threads,
+            targets=any(plan.scorers),
         )
 
     def label(self, item: WorkItem) -> Iterator[Window]:
@@ -106,25 +111,16 @@ class Labeller:
 
     def label_decoded(self, item: WorkItem, stream: Iterable[Decoded | UnitEnd]) -> Iterator[Window]:
         """`label` on samples that were decoded elsewhere."""
-        rows: int | None = None
-
-        def members() -> Iterator[Decoded]:
-            nonlocal rows
-            for element in stream:
-                if isinstance(element, UnitEnd):
-                    rows = element.rows
-                else:
-                    yield element
-
+        members = Members(stream)
         closing: Future[Window] | None = None
-        for _, window in groupby(members(), lambda decoded: decoded.position // self.plan.output.rows_per_file):
+        for _, window in groupby(members, lambda decoded: decoded.position // self.plan.output.rows_per_file):
             opened = self._run(item, window)
             if closing is not None:
                 yield closing.result()
             closing = self._writers.submit(self._close, opened)
         if closing is not None:
             yield closing.result()
-        yield Window(index=item.index, rows=rows)
+        yield Window(index=item.index, rows=members.rows)
 
     def _run(self, item: WorkItem, window: Iterator[Decoded]) -> _Open:
         """Push one window through the models; returns when its last batch has left the device."""
@@ -190,8 +186,26 @@ class Labeller:
             row = {**self._row(member), "status": OK, **columns}
         except Exception as error:  # noqa: BLE001  (the row must end in some state, or its window would wait for ever)
             row = self._failed_row(member, RowError(f"{type(error).__name__}: {error}"), "encode")
-        opened.spent("encode", time.perf_counter() - started)
+        encoded = time.perf_counter()
+        opened.spent("encode", encoded - started)
+        scorer = self.plan.scorers[member.model]
+        if scorer is not None and row["status"] == OK and decoded.targets:
+            row["score"] = self._score(scorer, decoded, stored(row, label_HW=prediction.label_HW))
+            opened.spent("score", time.perf_counter() - encoded)
         _resolve(member.future, row)
+
+    def _score(self, scorer: Scorer, decoded: Decoded, predicted: Predicted) -> dict[str, Any] | None:
+        """The row's score. Whatever is wrong with a target, the prediction is none the worse for it."""
+        try:
+            return scorer.score(
+                predicted,
+                decoded.targets,
+                key=score_key(decoded.image_id, decoded.fields),
+                width=decoded.width,
+                height=decoded.height,
+            )
+        except Exception as error:  # noqa: BLE001
+            return unscored(error)
 
     def _row(self, member: "_Member") -> dict[str, Any]:
         decoded = member.decoded
@@ -203,6 +217,7 @@ class Labeller:
             "height": decoded.height or None,
             "model_version": self.models[member.model].version,
             "run_id": self.plan.run_id,
+            "fields": list(decoded.fields.items()) or None,
         }
 
     def _failed_row(self, member: "_Member", error: RowError, stage: str) -> dict[str, Any]:

@@ -5,14 +5,31 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
-__all__ = ["map_ordered", "read_ahead", "ticking"]
+from pipeline.sources.base import UnitEnd
+
+__all__ = ["Members", "map_ordered", "read_ahead", "ticking"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _END: Final = object()
+
+
+class Members(Generic[Item]):
+    """What a unit's stream gives before its UnitEnd. rows: what that said, None until it came."""
+
+    def __init__(self, stream: Iterable[Item | UnitEnd]) -> None:
+        self.rows: int | None = None
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[Item]:
+        for item in self._stream:
+            if isinstance(item, UnitEnd):
+                self.rows = item.rows
+            else:
+                yield item
 
 
 def read_ahead(items: Iterable[Item], *, count: int, weight: Callable[[Item], int], limit: int) -> Iterator[Item]:

@@ -14,6 +14,7 @@ from pipeline.models.spec import Frame, Preprocess
 from pipeline.sources.base import UnitEnd
 from pipeline.stages.decode import Decoded
 from pipeline.stages.predict import Prepared
+from pipeline.stages.stream import Members
 
 __all__ = ["pack_windows", "unpack_window"]
 
@@ -30,29 +31,22 @@ ROWS = pa.schema(
         ("seconds", pa.list_(pa.float64())),
         ("prepared", pa.list_(pa.large_binary())),
         ("sizes", pa.list_(pa.list_(pa.int64()))),
+        ("targets", pa.map_(pa.string(), pa.large_binary())),
+        ("fields", pa.map_(pa.string(), pa.string())),
     ]
 )
 
 
 def pack_windows(stream: Iterable[Decoded | UnitEnd], rows_per_window: int) -> Iterator[tuple[bytes, int | None]]:
     """Pack a decoded unit into (Arrow IPC bytes, None) per window of positions, then (b"", rows of the unit)."""
-    rows: int | None = None
-
-    def members() -> Iterator[Decoded]:
-        nonlocal rows
-        for element in stream:
-            if isinstance(element, UnitEnd):
-                rows = element.rows
-            else:
-                yield element
-
-    for _, window in groupby(members(), lambda decoded: decoded.position // rows_per_window):
+    members = Members(stream)
+    for _, window in groupby(members, lambda decoded: decoded.position // rows_per_window):
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, ROWS) as writer:
             for decoded in window:
                 writer.write_batch(pa.RecordBatch.from_pylist([_row(decoded)], schema=ROWS))
         yield sink.getvalue().to_pybytes(), None
-    yield b"", rows
+    yield b"", members.rows
 
 
 def _row(decoded: Decoded) -> dict[str, Any]:
@@ -68,6 +62,8 @@ def _row(decoded: Decoded) -> dict[str, Any]:
         "seconds": [decoded.read_s, decoded.decode_s, decoded.prepare_s],
         "prepared": [item and item.image_CHW.contiguous().numpy().tobytes() for item in decoded.prepared],
         "sizes": [item and [item.frame.prepared_height, item.frame.prepared_width] for item in decoded.prepared],
+        "targets": list(decoded.targets.items()),
+        "fields": list(decoded.fields.items()),
     }
 
 
@@ -104,4 +100,6 @@ def _decoded(row: dict[str, Any], preprocesses: tuple[Preprocess, ...]) -> Decod
         read_s=read_s,
         decode_s=decode_s,
         prepare_s=prepare_s,
+        targets=dict(row["targets"]),
+        fields=dict(row["fields"]),
     )

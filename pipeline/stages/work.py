@@ -5,22 +5,27 @@ from dataclasses import dataclass, field
 
 from pipeline.config import ModelConfig, OutputConfig, Resources, SourceConfig
 from pipeline.sources.base import Unit
+from pipeline.stages.score import Scorer
 from pipeline.table import FileRecord
 
 __all__ = ["STAGES", "LabelPlan", "Window", "WorkItem"]
 
-STAGES = ("read", "decode", "prepare", "predict", "encode", "write")
+STAGES = ("read", "decode", "prepare", "predict", "encode", "score", "write")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelPlan:
-    """What every worker of a run is given. versions: the model_version expected of each model, by label."""
+    """What every worker of a run is given.
+
+    versions: the model_version expected of each model, by label. scorers: how each is scored, None where it is not.
+    """
 
     source: SourceConfig
     models: tuple[ModelConfig, ...]
     output: OutputConfig
     resources: Resources
     versions: Mapping[str, str]
+    scorers: tuple[Scorer | None, ...]
     run_id: str
     seed: int
 

@@ -35,11 +35,16 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def check_laws(
-    states: Sequence[Any], empty: Any, arrow_type: pa.DataType, seed: int, figures: Callable[[Any], Any]
+    states: Sequence[Any],
+    empty: Any,
+    arrow_type: pa.DataType,
+    seed: int,
+    figures: Callable[[Any], Any],
+    *from_rows: Any,
 ) -> None:
     """Identity, commutativity, associativity, any partition and order, and rows that lose nothing.
 
-    Figures are compared as text, so that NaN equals NaN and the last bit counts.
+    Figures are compared as text, so that NaN equals NaN and the last bit counts. from_rows: its further arguments.
     """
     whole = reduce(lambda left, right: left.merge(right), states, empty)
     first, second, third = states[:3]
@@ -62,9 +67,10 @@ def check_laws(
     assert [type(empty).from_row(row) for row in column.to_pylist()] == [*states, empty]
     if hasattr(empty, "from_rows"):
         with_null = pa.array([None, *column.to_pylist()], arrow_type)
-        assert type(empty).from_rows(with_null) == whole
-        assert type(empty).from_rows(pa.chunked_array([column[:1], column[1:], with_null[:1]])) == whole
-        assert type(empty).from_rows(column[:0]) == empty
+        chunks = pa.chunked_array([column[:1], column[1:], with_null[:1]])
+        assert type(empty).from_rows(with_null, *from_rows) == whole
+        assert type(empty).from_rows(chunks, *from_rows) == whole
+        assert type(empty).from_rows(column[:0], *from_rows) == empty
 
 
 def coco_taxonomy(path: Path) -> Taxonomy:

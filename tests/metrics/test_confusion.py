@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from dense_helpers import blocky, check_laws, seeds, taxonomy
 from hypothesis import given, settings
@@ -143,6 +144,39 @@ def test_other_label_spaces_and_rows() -> None:
         ClassCounts.from_row({"classes": [{"category_id": 1}]})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ids": [0, 2]}, "matrices of"),
+        ({"ids": [0]}, "matrices of"),
+        ({"target": [7, 0]}, "cells"),
+        ({"pred": [0, 3]}, "cells"),
+        ({"pixels": [1]}, "as many"),
+        ({"pixels": [1, None]}, "nulls"),
+    ],
+)
+def test_columns_that_hold_no_matrices(change: dict[str, Any], message: str) -> None:
+    row = {"ids": [0, 1], "target": [0, 1], "pred": [1, -1], "pixels": [5, 6]}
+    whole = Confusion.from_rows(pa.array([row, None, row], CONFUSION), (1, 0))
+    assert whole.matrix.tolist() == [[0, 10, 0], [0, 0, 12]]
+    with pytest.raises(SchemaError, match=message):
+        Confusion.from_rows(pa.array([row, {**row, **change}], CONFUSION), (0, 1))
+    with pytest.raises(SchemaError, match="a column of"):
+        Confusion.from_rows(pa.array([1]), (0, 1))
+
+
+def test_what_lies_under_a_null_does_not_count() -> None:
+    entry = {"category_id": 1, "intersection": 1, "target": 2, "pred": 3}
+    lists = pa.array([{"classes": [entry]}] * 3, CLASS_COUNTS).field(0)
+    column = pa.StructArray.from_arrays([lists], fields=list(CLASS_COUNTS), mask=pa.array([False, True, False]))
+    row, category_id, sums = ClassCounts.entries(column)
+    assert (row.tolist(), category_id.tolist(), sums.tolist()) == ([0, 2], [1, 1], [[1, 2, 3]] * 2)
+    assert ClassCounts.from_rows(column).sums.tolist() == [[2, 4, 6]]
+    hole = pa.array([{"classes": [{**entry, "pred": None}]}], CLASS_COUNTS)
+    with pytest.raises(SchemaError, match="nulls"):
+        ClassCounts.from_rows(hole)
+
+
 def slow_matrix(target: Any, pred: Any, ids: range) -> list[list[int]]:
     pairs = Counter(zip(target.ravel().tolist(), pred.ravel().tolist(), strict=True))
     rows = [[pairs[t, p] for p in ids] for t in ids]
@@ -225,6 +259,6 @@ def test_laws(seed: int, images: int) -> None:
     pairs = [(blocky(seed + n, 9, 12, values), blocky(seed + 2 * n + 1, 9, 12, values)) for n in range(images)]
     ids = (254, 0, 3, 9)
     states = [Confusion.from_maps(*pair, ids, ignore=[255], unknown_is_void=True) for pair in pairs]
-    check_laws(states, Confusion.empty(ids), CONFUSION, seed, lambda state: state.compute())
+    check_laws(states, Confusion.empty(ids), CONFUSION, seed, lambda state: state.compute(), ids)
     counts = [state.class_counts() for state in states]
     check_laws(counts, ClassCounts.empty(), CLASS_COUNTS, seed, lambda state: state.compute(ids))

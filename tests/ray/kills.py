@@ -167,10 +167,10 @@ def kill_session(
 
 def forget_half(output: Path) -> None:
     """Take every second unit's rows out, as if they had never been labelled."""
-    from pipeline.table import PredictionTable
+    from pipeline.table import RowTable
     from pipeline.units import UnitLog, finished, planned
 
-    table = PredictionTable.open(str(output), {})
+    table = RowTable.open(str(output), {})
     log = UnitLog(str(output), {})
     log.create(table.take_over())
     lines = log.read()

@@ -376,7 +376,6 @@ def test_camvid(tmp_path: Path, shared_data: Path) -> None:
             f"source.uri={shared_data / 'camvid'}",
             "source.images={split}/{id}.png",
             "source.targets.semantic={split}annot/{id}.png",
-            "source.limit=40",
             "models.0.name=lraspp_mobilenet_v3_large",
             "models.0.options.resize=64",
             f"output.uri={tmp_path}",
@@ -384,6 +383,10 @@ def test_camvid(tmp_path: Path, shared_data: Path) -> None:
         == 0
     )
     rows = rows_of(tmp_path)
-    assert len(rows) == 40
+    assert len(rows) == 468
     assert {(row["status"], row["width"], row["height"]) for row in rows} == {("ok", 480, 360)}
+    assert {(dict(row["fields"])["split"], row["image_id"].split("/")[0]) for row in rows} == {
+        ("train", "train"),
+        ("val", "val"),
+    }
     assert {label_map(row).shape for row in rows} == {(360, 480)}

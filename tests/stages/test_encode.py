@@ -13,7 +13,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from pipeline.masks import decode_depth, decode_label_map, decode_rle
 from pipeline.models.spec import Instances, Prediction, Quality
-from pipeline.schema import PREDICTIONS
+from pipeline.rows import PREDICTIONS
 from pipeline.stages.encode import encode, encode_instances
 
 

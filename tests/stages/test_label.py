@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,31 @@ import torch
 from pyroaring import BitMap
 from torch import Tensor
 
-from pipeline.config import ModelConfig, OutputConfig, Resources, ScenesSource, SourceConfig, WebdatasetSource
+from pipeline.config import (
+    ModelConfig,
+    OutputConfig,
+    Resources,
+    ScenesSource,
+    ScoreConfig,
+    SourceConfig,
+    WebdatasetSource,
+)
 from pipeline.errors import ConfigError
 from pipeline.images import decode_image
 from pipeline.masks import decode_label_map
+from pipeline.metrics.score import SCORE
 from pipeline.models.unet import UNetSmall
-from pipeline.schema import PREDICTIONS
-from pipeline.sources.base import Unit
+from pipeline.predictions.stored import stored
+from pipeline.rows import PREDICTIONS
+from pipeline.sources.base import Sample, Unit
 from pipeline.sources.registry import open_source
 from pipeline.sources.scenes import render_scene
 from pipeline.stages.label import Labeller
+from pipeline.stages.score import Scorer
 from pipeline.stages.transfer import pack_windows, unpack_window
 from pipeline.stages.work import STAGES, LabelPlan, Window, WorkItem
 from pipeline.table import FILE_SCHEMA
+from pipeline.taxonomy import load_taxonomy
 
 # Trained weights, because random ones say one class everywhere.
 UNET = {"name": "unet_small", "weights": "bundled:unet_small_scenes"}
@@ -54,6 +67,7 @@ def make_plan(
         output=OutputConfig.model_validate({"uri": str(folder), "rows_per_file": rows_per_file, "format": form}),
         resources=Resources.model_validate({"torch_threads": 1, "decode_threads": 2, **resources}),
         versions={},
+        scorers=(None,) * len(models),
         run_id="run-1",
         seed=0,
     )
@@ -450,3 +464,49 @@ def test_output_in_memory(whole: list[dict[str, Any]]) -> None:
     table = pa.concat_tables(files())
     assert table["semantic"].to_pylist() == [row["semantic"] for row in whole]
     assert set(table.schema.names) | {"model"} == set(PREDICTIONS.names)
+
+
+def scored_plan(folder: Path) -> LabelPlan:
+    source = ScenesSource(format="scenes", count=12, width=48, height=32, unit_images=64)
+    plan = make_plan(folder, source=source)
+    taxonomy = load_taxonomy("scenes")
+    return replace(plan, scorers=(Scorer.build(ScoreConfig(), taxonomy, taxonomy, max_pixels=10_000),))
+
+
+def test_rows_are_scored_as_they_are_labelled(tmp_path: Path) -> None:
+    plan = scored_plan(tmp_path / "fused")
+    labeller = Labeller(plan)
+    windows = [*labeller.label(make_item(plan))]
+    rows = rows_of(plan, windows)
+    assert sum(window.seconds.get("score", 0.0) for window in windows) > 0
+    samples = [item for item in open_source(plan.source).read(make_item(plan).unit, ()) if isinstance(item, Sample)]
+    for row, sample in zip(rows, samples, strict=True):
+        expected = plan.scorers[0].score(stored(row), sample.targets, key=row["image_id"])  # type: ignore[union-attr]
+        assert pa.array([expected], SCORE).to_pylist() == [row["score"]]
+        assert row["score"]["confusion"]["pixels"]
+    split = scored_plan(tmp_path / "split")
+    packed = [
+        data for data, _ in pack_windows(labeller._decoder.stream(make_item(plan).unit, [BitMap()]), ROWS_PER_FILE)
+    ]
+    preprocesses = tuple(model.preprocess for model in labeller.models)
+    other = Labeller(split)
+    windows = [
+        w for data in packed[:-1] for w in other.label_decoded(make_item(split), unpack_window(data, preprocesses))
+    ]
+    assert rows_of(split, windows) == rows
+
+
+def test_a_target_that_does_not_fit_leaves_the_prediction_ok(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = scored_plan(tmp_path)
+    monkeypatch.setattr("pipeline.stages.score.read_label_map", lambda data, **_: np.zeros((3, 3), np.uint8))
+    rows = rows_of(plan, [*Labeller(plan).label(make_item(plan))])
+    assert {(row["status"], row["score"]["error_type"]) for row in rows} == {("ok", "TargetMismatchError")}
+    assert all(row["semantic"] and "3x3" in row["score"]["error_message"] for row in rows)
+
+    def explode(*arguments: Any, **options: Any) -> None:
+        raise ZeroDivisionError("no luck")
+
+    monkeypatch.setattr("pipeline.stages.score.read_label_map", explode)
+    plan = scored_plan(tmp_path / "again")
+    rows = rows_of(plan, [*Labeller(plan).label(make_item(plan))])
+    assert {(row["status"], row["score"]["error_message"]) for row in rows} == {("ok", "no luck")}
