@@ -12,13 +12,18 @@ import numpy as np
 from deltalake import DeltaTable
 from PIL import Image
 
-from jobs import label
+from jobs import evaluate, label
 from pipeline.sources.scenes import render_scene
 
 
 def run_label(*arguments: str) -> int:
     """`maskmill label` in this process; the exit code."""
     return label.main(list(arguments))
+
+
+def run_evaluate(*arguments: str) -> int:
+    """`maskmill evaluate` in this process; the exit code."""
+    return evaluate.main(list(arguments))
 
 
 def rows_of(output: Path | str, columns: list[str] | None = None, **options: Any) -> list[dict[str, Any]]:
