@@ -6,7 +6,6 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image, ImageDraw, ImageFont
@@ -16,10 +15,11 @@ from pipeline.config import SourceConfig
 from pipeline.errors import ConfigError, RowError, SchemaError
 from pipeline.images import decode_image
 from pipeline.masks import decode_depth, decode_label_map, decode_rle
+from pipeline.overlay import Rgb, blend_labels, blend_masks, color_depth
 from pipeline.schema import OK
 from pipeline.sources.base import Sample, UnitEnd, read_unit
 from pipeline.sources.registry import open_source
-from pipeline.table import PredictionTable
+from pipeline.table import RowTable
 from pipeline.taxonomy import Taxonomy
 
 __all__ = ["contact_sheet", "overlay", "pick_rows"]
@@ -30,14 +30,10 @@ MAX_CAPTION = 300
 GAP = 8
 BACKGROUND = (24, 26, 30)
 TEXT = (225, 228, 232)
-MAP_ALPHA = 0.6
-MASK_ALPHA = 0.5
-# Anchors of a perceptual ramp from far (dark violet) to near (yellow), after matplotlib's plasma.
-DEPTH_RAMP = ((13, 8, 135), (126, 3, 168), (204, 71, 120), (248, 149, 64), (240, 249, 33))
 COLUMNS = ["image_id", "shard_id", "position", "width", "height", "semantic", "segments", "depth"]
 
 
-def pick_rows(table: PredictionTable, model: str, version: str, count: int, seed: int) -> list[dict[str, Any]]:
+def pick_rows(table: RowTable, model: str, version: str, count: int, seed: int) -> list[dict[str, Any]]:
     """`count` labelled rows of one model, spread over the shards: the same for the same seed and rows, whatever files
     they stand in."""
     wanted = (pc.field("model") == model) & (pc.field("model_version") == version) & (pc.field("status") == OK)
@@ -105,7 +101,7 @@ def read_images(source_config: SourceConfig, rows: Sequence[Mapping[str, Any]]) 
             return
 
 
-def overlay(image_HWC: npt.NDArray[np.uint8], row: Mapping[str, Any], taxonomy: Taxonomy) -> npt.NDArray[np.uint8]:
+def overlay(image_HWC: Rgb, row: Mapping[str, Any], taxonomy: Taxonomy) -> Rgb:
     """The image under the row's label map, segments or depth: uint8 RGB of the same size."""
     height, width = image_HWC.shape[:2]
     if row.get("semantic"):
@@ -115,55 +111,23 @@ def overlay(image_HWC: npt.NDArray[np.uint8], row: Mapping[str, Any], taxonomy: 
         return _blend_segments(image_HWC, row["segments"], taxonomy)
     if row.get("depth"):
         depth_HW = decode_depth(row["depth"], width=width, height=height)
-        return _color_depth(-depth_HW if row["depth"]["kind"] == "inverse_relative" else depth_HW)
+        return color_depth(-depth_HW if row["depth"]["kind"] == "inverse_relative" else depth_HW)
     return image_HWC
 
 
-def blend_labels(
-    image_HWC: npt.NDArray[np.uint8], label_HW: npt.NDArray[Any], taxonomy: Taxonomy
-) -> npt.NDArray[np.uint8]:
-    """Class colours over a dimmed gray image, class borders in white."""
-    colors_HWC = taxonomy.palette[np.minimum(label_HW, taxonomy.void_id)].astype(np.float32)
-    gray_HW1 = image_HWC.mean(axis=2, keepdims=True)
-    blended = colors_HWC * MAP_ALPHA + gray_HW1 * (1 - MAP_ALPHA)
-    border_HW = np.zeros(label_HW.shape, bool)
-    border_HW[:, 1:] |= label_HW[:, 1:] != label_HW[:, :-1]
-    border_HW[1:] |= label_HW[1:] != label_HW[:-1]
-    blended[border_HW] = blended[border_HW] * 0.4 + 255 * 0.6
-    return np.asarray(blended, np.uint8)
-
-
-def _blend_segments(
-    image_HWC: npt.NDArray[np.uint8], segments: Sequence[Mapping[str, Any]], taxonomy: Taxonomy
-) -> npt.NDArray[np.uint8]:
-    """Masks in their class's colour with a white outline; the first (best) lies on top."""
+def _blend_segments(image_HWC: Rgb, segments: Sequence[Mapping[str, Any]], taxonomy: Taxonomy) -> Rgb:
+    """Masks in their class's colour; the first (best) lies on top."""
     height, width = image_HWC.shape[:2]
-    blended = image_HWC.astype(np.float32)
-    for segment in reversed(segments):
-        mask_HW = decode_rle(segment["rle"], width=width, height=height)
-        color = taxonomy.palette[min(segment["category_id"], taxonomy.void_id)].astype(np.float32)
-        inner_HW = mask_HW.copy()
-        inner_HW[1:] &= mask_HW[:-1]
-        inner_HW[:-1] &= mask_HW[1:]
-        inner_HW[:, 1:] &= mask_HW[:, :-1]
-        inner_HW[:, :-1] &= mask_HW[:, 1:]
-        blended[mask_HW] = blended[mask_HW] * (1 - MASK_ALPHA) + color * MASK_ALPHA
-        blended[mask_HW & ~inner_HW] = 255
-    return blended.astype(np.uint8)
-
-
-def _color_depth(depth_HW: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Depth by colour, near is bright; black where it is not finite."""
-    valid_HW = np.isfinite(depth_HW)
-    colors_HWC = np.zeros((*depth_HW.shape, 3), np.uint8)
-    if valid_HW.any():
-        low, high = np.percentile(depth_HW[valid_HW], [2, 98])
-        nearness = 1 - np.clip((depth_HW - low) / max(high - low, 1e-9), 0, 1)
-        anchors = np.linspace(0, 1, len(DEPTH_RAMP))
-        for channel in range(3):
-            values = np.interp(nearness[valid_HW], anchors, [color[channel] for color in DEPTH_RAMP])
-            colors_HWC[valid_HW, channel] = values.astype(np.uint8)
-    return colors_HWC
+    return blend_masks(
+        image_HWC,
+        (
+            (
+                decode_rle(segment["rle"], width=width, height=height),
+                taxonomy.palette[min(segment["category_id"], taxonomy.void_id)],
+            )
+            for segment in reversed(segments)
+        ),
+    )
 
 
 def contact_sheet(
@@ -173,7 +137,7 @@ def contact_sheet(
 
     Raises ConfigError where no row's image can be found in the source.
     """
-    panels: list[tuple[str, list[npt.NDArray[np.uint8]]]] = []
+    panels: list[tuple[str, list[Rgb]]] = []
     for sample, index in read_images(source_config, rows):
         row = rows[index]
         try:
@@ -189,9 +153,7 @@ def contact_sheet(
     return _lay_out(panels, names, _used_categories(rows, taxonomy), taxonomy, title)
 
 
-def _target(
-    image_HWC: npt.NDArray[np.uint8], sample: Sample, row: Mapping[str, Any], taxonomy: Taxonomy
-) -> npt.NDArray[np.uint8] | None:
+def _target(image_HWC: Rgb, sample: Sample, row: Mapping[str, Any], taxonomy: Taxonomy) -> Rgb | None:
     height, width = image_HWC.shape[:2]
     try:
         if row.get("semantic") and "semantic" in sample.targets:
@@ -205,7 +167,7 @@ def _target(
             return _blend_segments(image_HWC, segments, taxonomy)
         if row.get("depth") and "depth" in sample.targets:
             codes_HW = decode_label_map(sample.targets["depth"], "png", width=width, height=height)
-            return _color_depth(np.where(codes_HW == 0, np.nan, codes_HW).astype(np.float32))
+            return color_depth(np.where(codes_HW == 0, np.nan, codes_HW).astype(np.float32))
     except (ValueError, KeyError, TypeError, OSError, SchemaError):
         return None
     return None
@@ -236,7 +198,7 @@ def _used_categories(rows: Sequence[Mapping[str, Any]], taxonomy: Taxonomy) -> l
 
 
 def _lay_out(
-    panels: Sequence[tuple[str, list[npt.NDArray[np.uint8]]]],
+    panels: Sequence[tuple[str, list[Rgb]]],
     names: Sequence[str],
     categories: Sequence[int],
     taxonomy: Taxonomy,

@@ -13,9 +13,9 @@ from table_helpers import put
 from pipeline.config import ScenesSource, WebdatasetSource
 from pipeline.errors import ConfigError
 from pipeline.masks import encode_depth, encode_label_map, encode_rle
+from pipeline.overlay import DEPTH_RAMP
 from pipeline.preview import (
     BACKGROUND,
-    DEPTH_RAMP,
     contact_sheet,
     overlay,
     pick_rows,
@@ -24,7 +24,7 @@ from pipeline.preview import (
 from pipeline.sources import pack
 from pipeline.sources.base import UnitEnd
 from pipeline.sources.scenes import Scenes, render_scene
-from pipeline.table import PredictionTable
+from pipeline.table import RowTable
 from pipeline.taxonomy import build_taxonomy, load_taxonomy
 
 TAXONOMY = build_taxonomy(
@@ -114,24 +114,24 @@ def test_a_row_without_labels_is_the_image() -> None:
 
 
 @pytest.fixture
-def table(tmp_path: Path) -> PredictionTable:
-    table = PredictionTable.open(str(tmp_path / "t"), {}, create=True)
+def table(tmp_path: Path) -> RowTable:
+    table = RowTable.open(str(tmp_path / "t"), {}, create=True)
     table.take_over()
     return table
 
 
-def picks(table: PredictionTable, count: int, seed: int = 0, version: str = "v1") -> list[tuple[str, int]]:
+def picks(table: RowTable, count: int, seed: int = 0, version: str = "v1") -> list[tuple[str, int]]:
     rows = pick_rows(table, "m", version, count, seed)
     assert all(set(row) >= {"image_id", "width", "height", "semantic", "segments", "depth"} for row in rows)
     return [(row["shard_id"], row["position"]) for row in rows]
 
 
-def test_picks_are_the_same_for_the_same_rows(table: PredictionTable, tmp_path: Path) -> None:
+def test_picks_are_the_same_for_the_same_rows(table: RowTable, tmp_path: Path) -> None:
     shards = [f"it's {n}#{n}" for n in range(9)]
     table.commit([put(table.uri, shard, range(10), failed={0, 3}) for shard in shards])
     table.commit([put(table.uri, "other", range(10), version="v2"), put(table.uri, "other", range(10), model="n")])
     # The same rows in other files, committed in another order.
-    again = PredictionTable.open(str(tmp_path / "again"), {}, create=True)
+    again = RowTable.open(str(tmp_path / "again"), {}, create=True)
     again.take_over()
     for first in (7, 4, 0):
         cut = range(first, {0: 4, 4: 7, 7: 10}[first])
@@ -147,7 +147,7 @@ def test_picks_are_the_same_for_the_same_rows(table: PredictionTable, tmp_path: 
     assert picks(table, 3, version="v3") == []
 
 
-def test_picks_where_most_shards_have_nothing(table: PredictionTable) -> None:
+def test_picks_where_most_shards_have_nothing(table: RowTable) -> None:
     table.commit([put(table.uri, f"s{n}", [0], failed={0}) for n in range(20)] + [put(table.uri, "good", range(3))])
     assert picks(table, 2, seed=3) == picks(table, 2, seed=3)
     assert {shard for shard, _ in picks(table, 16)} == {"good"}
@@ -257,7 +257,7 @@ def packed(tmp_path: Path) -> WebdatasetSource:
         def plan(self) -> Iterator[Any]:
             yield unit
 
-        def read(self, unit: Any, done: Any) -> Iterator[Any]:
+        def read(self, unit: Any, done: Any, *, images: bool = True) -> Iterator[Any]:
             for index, sample in enumerate(samples):
                 kept = {name: getattr(sample, name) for name in fields}
                 targets = [small.targets, {"semantic": b"no png", "instances": b"{"}, sample.targets][index]  # type: ignore[union-attr]
@@ -290,7 +290,7 @@ def test_jobs_preview_writes_a_png(tmp_path: Path, capsys: pytest.CaptureFixture
     from jobs.preview import main
 
     uri = str(tmp_path / "out")
-    table = PredictionTable.open(uri, {}, create=True)
+    table = RowTable.open(uri, {}, create=True)
     table.take_over()
     label = {"format": "png", "data": encode_label_map(np.full((48, 64), 5, np.uint8))}
     unit = next(Scenes(SCENES).plan())
