@@ -20,6 +20,7 @@ quickstart: install
 	$(BIN)/maskmill label configs/quickstart.yaml source.uri=$(OUT)/shards output.uri=$(OUT)/labels
 	$(BIN)/maskmill preview $(OUT)/labels --n 16 --out $(OUT)/preview.png
 	$(BIN)/maskmill status $(OUT)/labels
+	$(BIN)/maskmill report $(OUT)/labels
 
 test: install
 	$(BIN)/python -m pytest

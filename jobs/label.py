@@ -38,8 +38,10 @@ def label(config: LabelConfig) -> int:
     with signals_interrupt():
         pool = cluster.plan_pool(config.resources)
         models = resolve_models(config, pool)
-        for model in models:
+        for model, given in zip(models, config.models, strict=True):
             warning = "" if model["commercial"] else "  (no commercial use)"
+            if given.weights == "none" and model["parameters"]:
+                warning += "  (random weights: give models.N.weights)"
             reporter.say(
                 f"model {model['label']} {model['version']}, {model['parameters'] / 1e6:.1f} M parameters, "
                 f"taxonomy {model['taxonomy']['name']}, licence {model['license']}{warning}"

@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from deltalake import DeltaTable
 from PIL import Image
 from ray_helpers import png, rows_of, run_evaluate, run_json, run_label
 
-from jobs import status
+from jobs import pack, report, status
 from pipeline.metrics.confusion import Confusion
 from pipeline.metrics.detection import Detection
 from pipeline.metrics.panoptic import PanopticState
@@ -203,3 +205,84 @@ def test_panoptic_files_equal_the_official_figures(shared_data: Path, tmp_path: 
     assert figures["Things"]["PQ"] == pytest.approx(0.5769675073, abs=1e-9)
     assert figures["Stuff"]["PQ"] == pytest.approx(0.8682109740, abs=1e-9)
     assert len(DeltaTable(str(tmp_path)).to_pyarrow_table()) == 4
+
+
+MODELS = '''
+"""A model of each kind that looks at the image's colours: far from right, and right enough to be scored."""
+
+import torch
+from torch import nn
+
+from pipeline.models.spec import ModelSpec, Preprocess
+
+
+class Brightness(nn.Module):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(8.0))
+
+    def forward(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        return self.scale * (2.5 + image_BCHW.mean(dim=1, keepdim=True)) + 1.0
+
+
+class Boxes(nn.Module):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, image_BCHW: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+        found = []
+        for image_CHW in image_BCHW:
+            boxes = torch.tensor([[10.0, 30.0, 30.0, 50.0], [40.0, 30.0, 70.0, 55.0], [5.0, 5.0, 20.0, 20.0]])
+            scores = torch.sigmoid(image_CHW.mean() * torch.tensor([1.0, 0.5, 0.2])) * 0.5 + 0.5
+            labels = torch.tensor([5, 5, 6])
+            found.append({"boxes": boxes, "scores": scores, "labels": labels, "masks": torch.full((3, 1, 28, 28), 0.9)})
+        return found
+
+
+PLAIN = Preprocess(pad_multiple=1)
+DEPTH = ModelSpec(name="brightness", task="depth", build=Brightness, preprocess=PLAIN, taxonomy="scenes", license="x")
+BOXES = ModelSpec(name="boxes", task="instance", build=Boxes, preprocess=PLAIN, taxonomy="scenes", license="x")
+'''
+
+
+def test_a_report_in_pass_equals_a_report_of_an_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Semantic, depth and instance models in one table, and a corrupt image."""
+    (tmp_path / "scored_models.py").write_text(MODELS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    output, shards = tmp_path / "labels", tmp_path / "shards"
+    assert pack.main([*SCENES, f"output.uri={shards}", "images_per_shard=9"]) == 0
+    first = sorted(shards.glob("*.tar"))[0]
+    data = first.read_bytes()
+    at = data.index(b"\x89PNG")
+    first.write_bytes(data[: at + 40] + bytes(60) + data[at + 100 :])  # one image's pixels are broken
+    source = ("source.format=webdataset", f"source.uri={shards}")
+    specs = ("models.1.spec=scored_models:DEPTH", "models.2.spec=scored_models:BOXES")
+    options = ("score.depth.alignment=median", "score.depth.max_depth=80")
+    arguments = (*source, *UNET, *specs, *SMALL, *options, "failure_budget=0.1", f"output.uri={output}")
+    # A process of its own: the session's Ray workers do not know the models' folder.
+    ended = subprocess.run(
+        [sys.executable, "-m", "jobs.label", *arguments], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert run_evaluate(*source, f"predictions.uri={output}", *options) == 0
+    capsys.readouterr()
+    reports = []
+    for uri in (output, output / "_scores"):
+        assert report.main([str(uri), "--json", "--no-page", "--by", "shard"]) == 0
+        reports.append(json.loads(capsys.readouterr().out)["models"])
+    for label in ("unet_small", "brightness", "boxes"):
+        in_pass, after = reports[0][label], reports[1][label]
+        assert in_pass["counts"] == after["counts"] == {"images": 30, "ok": 29, "failed": 1, **NOTHING_MISSING}
+        same = [name for name in in_pass if name not in ("model", "run", "problems")]
+        assert {name: in_pass[name] for name in same} == {name: after[name] for name in same}
+        kinds = [[(p["outcome"], p["type"], p["count"]) for p in r["problems"]] for r in (in_pass, after)]
+        assert kinds[0] == kinds[1] == [("failed", "CorruptImageError", 1)]
+    assert reports[0]["unet_small"]["semantic"]["mIoU"] > 0.3
+    assert 0 < reports[0]["brightness"]["depth"]["AbsRel"] < 5
+    assert reports[0]["boxes"]["detection"].keys() == {"bbox", "segm"}
+
+
+NOTHING_MISSING = {"missing_target": 0, "missing_prediction": 0}
