@@ -278,7 +278,7 @@ class RowTable:
             fragments = dataset.get_fragments(filter_expression)
             # A scanner reads on while its batches are used, until a gigabyte of them waits: so it gets few files.
             while files := list(itertools.islice(fragments, FILES_AT_ONCE)):
-                yield from FileSystemDataset(files, dataset.schema, dataset.format).to_batches(
+                batches = FileSystemDataset(files, dataset.schema, dataset.format).to_batches(
                     columns=chosen,
                     filter=filter_expression,
                     batch_size=4096,
@@ -287,6 +287,13 @@ class RowTable:
                     # A footer takes more memory than its rows: kept, those of a large table would fill it.
                     cache_metadata=False,
                 )
+                try:
+                    for batch in batches:  # noqa: UP028  (`yield from` would close it, and leave it reading)
+                        yield batch
+                finally:
+                    # Its threads read through Python: where nobody waits for them, they may meet its end and crash.
+                    for _ in batches:
+                        pass
 
     def done(self, shard_ids: Sequence[str], versions: Mapping[str, str]) -> dict[tuple[str, str], BitMap]:
         """Committed positions of some units: {(shard_id, model): bitmap}, for the current version of each model."""

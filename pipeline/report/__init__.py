@@ -1,0 +1,1 @@
+"""Reports: stored rows folded into figures, tables and one HTML page."""
