@@ -88,7 +88,9 @@ def _panels(sample: Sample, found: Found | None, scorer: Scorer | None, min_scor
             notes.append(f"no {name}: {kind}{' '.join(str(error).split())}")
             return None
 
-    image_HWC = attempt("image", lambda: _image(sample, scorer.max_pixels if scorer else DEFAULT_MAX_PIXELS))
+    image_HWC = None
+    if sample.image or sample.error is not None:  # else the source has targets alone
+        image_HWC = attempt("image", lambda: _image(sample, scorer.max_pixels if scorer else DEFAULT_MAX_PIXELS))
     predicted = found.predicted if found else None
     if found is None or predicted is None:
         notes.append(f"no prediction: {found.error}" if found and found.error else "no prediction")

@@ -48,10 +48,20 @@ def report_pictures(
         return {}
     described = describe_run(scored, overrides)
     listed = list(entries.values())
-    drawn = dict(zip(entries, draw(listed, read_images(described.source, listed), scored, described), strict=True))
+    samples = read_images(described.source, listed, images=_has_images(described.source))
+    drawn = dict(zip(entries, draw(listed, samples, scored, described), strict=True))
     return {
         key: [replace(drawn[_place(entry)], value=entry["value"]) for entry in found] for key, found in lists.items()
     }
+
+
+def _has_images(source: SourceConfig) -> bool:
+    """Some sources have targets alone: COCO files without their folder, another table."""
+    try:
+        next(open_source(source).plan(), None)
+    except ConfigError:
+        return False
+    return True
 
 
 def _place(entry: Mapping[str, Any]) -> Place:

@@ -306,7 +306,9 @@ def test_what_cannot_be_read_is_left_out_and_said(kind: str) -> None:
     whole = ["image", "target", "prediction", "error"]
     lost = one(changed(SAMPLES[0], image=b"", error=UnreadableError("it is gone")), kind)
     assert ([panel.name for panel in lost.panels], lost.note) == (whole[1:], "no image: it is gone")
-    assert "expected an encoded image" in one(changed(SAMPLES[0], image=b""), kind).note
+    assert "no image: " in one(changed(SAMPLES[0], image=b"x"), kind).note
+    alone = one(changed(SAMPLES[0], image=b""), kind)  # a source of targets alone
+    assert ([panel.name for panel in alone.panels], alone.note) == (whole[1:], "")
     assert [panel.name for panel in one(changed(SAMPLES[0], targets={}), kind).panels] == ["image", "prediction"]
     broken = one(changed(SAMPLES[0], targets=BROKEN_TARGETS[kind]), kind)
     assert {"image", "prediction"} <= {panel.name for panel in broken.panels}
