@@ -22,6 +22,8 @@ ROW_ERRORS = {
     "RowError",
     "CorruptImageError",
     "ImageTooLargeError",
+    "MissingPredictionError",
+    "MissingTargetError",
     "PredictError",
     "PredictTimeoutError",
     "TargetMismatchError",
