@@ -12,6 +12,9 @@ __all__ = ["main"]
 
 JOBS = {
     "label": "label a corpus into a table of masks",
+    "evaluate": "score predictions against targets into a table of scores",
+    "report": "fold scores into figures, tables and a page",
+    "compare": "two runs over the same images: what differs, and whether it is more than chance",
     "status": "expected = ok + failed + pending, and the kinds of failure",
     "preview": "one PNG of images with their masks",
     "pack": "write any source as tar shards",

@@ -84,17 +84,19 @@ class _AllBut:
         return position not in self.positions
 
 
-def read_images(source_config: SourceConfig, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Sample, int]]:
-    """The samples of `rows` from their source, each with the index of its row."""
+def read_images(
+    source_config: SourceConfig, rows: Sequence[Mapping[str, Any]], *, images: bool = True
+) -> Iterator[tuple[Sample, int]]:
+    """The samples of `rows` from their source, each with the index of its row. images: see Source."""
     source = open_source(source_config)
     wanted: dict[str, dict[int, int]] = {}
     for index, row in enumerate(rows):
         wanted.setdefault(row["shard_id"], {})[row["position"]] = index
-    for unit in source.plan():
+    for unit in source.plan(images=images):
         places = wanted.pop(unit.shard_id, None)
         if places:
             skip: Container[int] = _AllBut(set(places))
-            for item in read_unit(source, unit, skip):
+            for item in read_unit(source, unit, skip, images=images):
                 if not isinstance(item, UnitEnd) and item.position in places:
                     yield item, places[item.position]
         if not wanted:

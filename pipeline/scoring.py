@@ -40,6 +40,8 @@ def target_taxonomy(score: ScoreConfig, source: SourceConfig) -> Taxonomy | None
     """The label space of the targets as far as config or annotation files say; None: that of whatever is scored."""
     if score.taxonomy is not None:
         return load_taxonomy(score.taxonomy)
+    if isinstance(source, ScenesSource):
+        return load_taxonomy("scenes")
     if isinstance(source, TableSource):
         return build_taxonomy(table_model(source)["taxonomy"], f"{source.uri}/run.json")
     return categories_of(source)

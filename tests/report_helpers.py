@@ -15,17 +15,21 @@ from detection_oracle import random_case
 from PIL import Image
 from table_helpers import TIME
 
-from pipeline.config import ScoreConfig
+from pipeline.config import ScenesSource, ScoreConfig
 from pipeline.masks import encode_panoptic_png, rle_bbox
 from pipeline.metrics.detection_match import Objects
 from pipeline.predictions.base import Predicted
 from pipeline.rows import PREDICTIONS, SCORES
+from pipeline.sources.base import Sample, read_unit
+from pipeline.sources.scenes import Scenes
 from pipeline.stages.score import Scorer
 from pipeline.storage import join, open_fs
 from pipeline.table import RowTable, file_schema, write_file
+from pipeline.targets import read_label_map
 from pipeline.taxonomy import Category, Taxonomy, load_taxonomy
 
 MODEL, VERSION = "m", "v1"
+LABELLED = ScenesSource(format="scenes", count=10, width=48, height=32, unit_images=4)
 TASK_SPACE = load_taxonomy("scenes")
 SPACE = Taxonomy(
     "test",
@@ -179,4 +183,22 @@ def mixed_rows(seed: int, images: int) -> list[dict[str, Any]]:
             rows.append(row(name, rng.choice([None, {"error_type": "TargetMismatchError", "error_message": "no"}])))
         else:
             rows.append(row(name, score, fields=fields))
+    return rows
+
+
+def label_rows() -> list[dict[str, Any]]:
+    """Every image of LABELLED with its target as its prediction, of which image n has 3 n rows of pixels wrong."""
+    source = Scenes(LABELLED)
+    scorer = Scorer.build(ScoreConfig(), TASK_SPACE, TASK_SPACE, max_pixels=10**6)
+    rows = []
+    samples = [item for unit in source.plan() for item in read_unit(source, unit, ()) if isinstance(item, Sample)]
+    for number, sample in enumerate(samples):
+        label_HW = read_label_map(sample.targets["semantic"], max_pixels=10**6).copy()
+        label_HW[: 3 * number] = (label_HW[: 3 * number] + 1) % len(TASK_SPACE.ids)
+        score = scorer.score(Predicted(label_HW=label_HW), sample.targets, key=sample.image_id)
+        # A second figure, of which other images are the worst.
+        score = {**(score or {}), **depth_score(number)}
+        whose = {"image_id": sample.image_id, "shard_id": sample.shard_id, "position": sample.position}
+        size = {"width": 48, "height": 32}
+        rows.append(row("x/0", score, semantic={"format": "png", "data": png(label_HW)}) | whose | size)
     return rows

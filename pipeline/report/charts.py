@@ -15,6 +15,7 @@ from pipeline.report.formats import count, is_number, number, percent
 __all__ = [
     "Axis",
     "Layer",
+    "Number",
     "Point",
     "Series",
     "bar",
@@ -25,8 +26,10 @@ __all__ = [
     "log_axis",
     "nice_axis",
     "quality_map",
+    "rect",
     "share_axis",
     "stack",
+    "svg",
     "swatch",
 ]
 
@@ -96,40 +99,40 @@ def _tick(value: float, digits: int) -> str:
 def bar(value: Number, *, maximum: float = 1.0, mark: Number = None, kind: str = "accent") -> Markup:
     """A bar beside a number in a table cell; its track stands for `maximum`. mark: a value to compare with, a tick."""
     length = 100 * min(max(value / (maximum or 1.0), 0), 1) if is_number(value) else 0
-    parts = [_rect(0, 0, 100, 6, "track"), _rect(0, 0, length, 6, kind)]
+    parts = [rect(0, 0, 100, 6, "track"), rect(0, 0, length, 6, kind)]
     if is_number(mark):
-        parts.append(_rect(min(max(100 * mark / (maximum or 1.0), 0.5), 99.5) - 0.5, 0, 1, 6, "mark"))
-    return _svg(parts, 100, 6, "bar", stretch=True)
+        parts.append(rect(min(max(100 * mark / (maximum or 1.0), 0.5), 99.5) - 0.5, 0, 1, 6, "mark"))
+    return svg(parts, 100, 6, "bar", stretch=True)
 
 
 def interval_bar(value: Number, low: Number, high: Number, axis: Axis, label: str) -> Markup:
     """A value and its interval on an axis: a line, a band from low to high, a tick at the value."""
-    parts = [_rect(0, 6.5, 200, 1, "track")]
+    parts = [rect(0, 6.5, 200, 1, "track")]
     if is_number(low) and is_number(high):
         left, right = 200 * axis.place(low), 200 * axis.place(high)
-        parts.append(_rect(left, 3.5, max(right - left, 1), 7, "band"))
+        parts.append(rect(left, 3.5, max(right - left, 1), 7, "band"))
     if is_number(value):
-        parts.append(_rect(min(max(200 * axis.place(value), 1), 199) - 1, 0, 2, 14, "accent"))
-    return _svg(parts, 200, 14, "interval", stretch=True, label=label)
+        parts.append(rect(min(max(200 * axis.place(value), 1), 199) - 1, 0, 2, 14, "accent"))
+    return svg(parts, 200, 14, "interval", stretch=True, label=label)
 
 
 def stack(parts: Sequence[tuple[str, float, str]], label: str) -> Markup:
     """Shares of a whole side by side: (what, how much, class)."""
     total = sum(value for _, value, _ in parts) or 1.0
-    pieces, left = [_rect(0, 0, 100, 10, "track")], 0.0
+    pieces, left = [rect(0, 0, 100, 10, "track")], 0.0
     for name, value, kind in parts:
         length = 100 * value / total
         if length:
-            pieces.append(_rect(left, 0, length, 10, kind, f"{name}: {percent(value / total)} %"))
+            pieces.append(rect(left, 0, length, 10, kind, f"{name}: {percent(value / total)} %"))
         left += length
-    return _svg(pieces, 100, 10, "stack", stretch=True, label=label)
+    return svg(pieces, 100, 10, "stack", stretch=True, label=label)
 
 
 def swatch(color: Sequence[int]) -> Markup:
     """The display colour of a class."""
     red, green, blue = (int(value) & 255 for value in color)
     square = Markup('<rect width="10" height="10" rx="2" fill="rgb({},{},{})"/>').format(red, green, blue)
-    return _svg([square], 10, 10, "swatch")
+    return svg([square], 10, 10, "swatch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +176,8 @@ def histogram(
         if value:
             parts.append(_column(frame, left, 5, 0, value, "rest", f"{text}: {count(value)} {layers[0].name}"))
     if is_number(mark):
-        parts.append(_rect(frame.x(mark) - 0.75, TOP, 1.5, HEIGHT - TOP - BOTTOM, "mark", number(mark)))
-    return _svg(parts, WIDTH, HEIGHT, "chart", label=label)
+        parts.append(rect(frame.x(mark) - 0.75, TOP, 1.5, HEIGHT - TOP - BOTTOM, "mark", number(mark)))
+    return svg(parts, WIDTH, HEIGHT, "chart", label=label)
 
 
 def _known(value: Number) -> float:
@@ -183,7 +186,7 @@ def _known(value: Number) -> float:
 
 def _column(frame: "_Frame", left: float, width: float, begin: float, value: float, kind: str, text: str) -> Markup:
     upper, lower = frame.y(begin + value), frame.y(begin)
-    return _rect(left, min(upper, lower - 0.7), width, max(lower - upper, 0.7), kind, text)
+    return rect(left, min(upper, lower - 0.7), width, max(lower - upper, 0.7), kind, text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +206,7 @@ def line_chart(
     parts = frame.draw()
     for value, text in marks:
         place = frame.x(value)
-        parts.append(_rect(place - 0.5, TOP, 1, HEIGHT - TOP - BOTTOM, "guide"))
+        parts.append(rect(place - 0.5, TOP, 1, HEIGHT - TOP - BOTTOM, "guide"))
         parts.append(_text(place + 3, HEIGHT - BOTTOM - 6, text, "tick start"))
     for line in series:
         known = [(frame.x(a), frame.y(b)) for a, b in line.points if is_number(a) and is_number(b)]
@@ -211,7 +214,7 @@ def line_chart(
             path = "M" + "L".join(f"{_n(left)} {_n(top)}" for left, top in known)
             title = Markup("<title>{}</title>").format(line.name)
             parts.append(Markup('<path class="line {}" d="{}">{}</path>').format(line.kind, path, title))
-    return _svg(parts, WIDTH, HEIGHT, "chart", label=label)
+    return svg(parts, WIDTH, HEIGHT, "chart", label=label)
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +251,7 @@ def quality_map(points: Sequence[Point], label: str, named: int = 3) -> Markup:
             side = "end" if rq > 0.7 else "start"
             parts.append(_text(left + (-7 if side == "end" else 7), top + 4, _short(point.name), f"tick {side}"))
             taken.append((left, top))
-    return _svg(parts, WIDTH, HEIGHT, "chart", label=label)
+    return svg(parts, WIDTH, HEIGHT, "chart", label=label)
 
 
 def heat_map(
@@ -274,7 +277,7 @@ def heat_map(
         text = Markup('<text class="tick start" transform="translate({} {}) rotate(-50)">{}<title>{}</title></text>')
         parts.append(text.format(_n(x), top - 6, _short(name), name))
     for row, values in enumerate(shares):
-        parts.append(_rect(left, top + cell * row, cell * len(columns) - 1, cell - 1, "track faint"))
+        parts.append(rect(left, top + cell * row, cell * len(columns) - 1, cell - 1, "track faint"))
         for column, value in enumerate(values):
             if not is_number(value) or value < SHOWN_SHARE:
                 continue
@@ -284,11 +287,11 @@ def heat_map(
             opacity = 0.08 + 0.82 * math.sqrt(min(value, 1)) * (0.55 if right else 1)
             said = "right" if right else f"seen as {columns[column]}"
             title = f"{rows[row]} {said}: {percent(value)} %"
-            parts.append(_rect(x, y, cell - 1, cell - 1, "right" if right else "accent", title, opacity=opacity))
+            parts.append(rect(x, y, cell - 1, cell - 1, "right" if right else "accent", title, opacity=opacity))
             if small:
                 light = "on" if opacity > 0.55 and not right else ""
                 parts.append(_text(x + (cell - 1) / 2, y + cell / 2 + 4, f"{100 * value:.0f}", f"cell {light}"))
-    return _svg(parts, width, height, "heat", label=label, fixed=True)
+    return svg(parts, width, height, "heat", label=label, fixed=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +310,7 @@ class _Frame:
     def draw(self) -> list[Markup]:
         parts = []
         for value, text in self.up.ticks:
-            parts.append(_rect(LEFT, self.y(value) - 0.5, WIDTH - LEFT - RIGHT, 1, "grid"))
+            parts.append(rect(LEFT, self.y(value) - 0.5, WIDTH - LEFT - RIGHT, 1, "grid"))
             parts.append(_text(LEFT - 10, self.y(value) + 4, text, "tick end"))
         for value, text in self.across.ticks:
             parts.append(_text(self.x(value), HEIGHT - BOTTOM + 15, text, "tick middle"))
@@ -318,7 +321,7 @@ class _Frame:
         return parts
 
 
-def _svg(
+def svg(
     parts: Iterable[Markup],
     width: float,
     height: float,
@@ -328,7 +331,10 @@ def _svg(
     fixed: bool = False,
     label: str = "",
 ) -> Markup:
-    """label: what the chart shows, for those who do not see it; without one it only repeats what stands beside it."""
+    """A drawing of parts. kind: its class. stretch: as wide as its cell. fixed: as large as it is drawn.
+
+    label: what it shows, for those who do not see it; without one it only repeats what stands beside it.
+    """
     seen = Markup('role="img" aria-label="{}"').format(label) if label else Markup('aria-hidden="true"')
     shape = Markup(' preserveAspectRatio="none"') if stretch else Markup("")
     shape = Markup(' width="{}" height="{}"').format(_n(width), _n(height)) if fixed else shape
@@ -336,9 +342,10 @@ def _svg(
     return opening + Markup("").join(parts) + Markup("</svg>")
 
 
-def _rect(
+def rect(
     x: float, y: float, width: float, height: float, kind: str, title: str = "", *, opacity: float | None = None
 ) -> Markup:
+    """kind: its class, which colours it. title: its tooltip."""
     inside = Markup("<title>{}</title>").format(title) if title else Markup("")
     look = Markup(' fill-opacity="{}"').format(_n(opacity)) if opacity is not None else Markup("")
     place = Markup('x="{}" y="{}" width="{}" height="{}"').format(_n(x), _n(y), _n(width), _n(height))

@@ -107,11 +107,13 @@ class Replicates:
         """The replicates of figures of each class by their path in the report, (B, K), classes ascending by id: IoU,
         accuracy, PQ, SQ and RQ."""
         values: dict[str, Floats] = {}
-        for path, name in (("semantic", "classes"), ("boundary", "boundary")):
-            if name in self._sums:
-                intersection, target, pred = self._per_class(name)
-                values[f"{path}.IoU"] = _divide(intersection, target + pred - intersection)
-                values[f"{path}.accuracy"] = _divide(intersection, target)
+        if "classes" in self._sums:
+            intersection, target, pred = self._per_class("classes")
+            values["semantic.IoU"] = _divide(intersection, target + pred - intersection)
+            values["semantic.accuracy"] = _divide(intersection, target)
+        if "boundary" in self._sums:
+            intersection, target, pred = self._per_class("boundary")
+            values["boundary.IoU"] = _divide(intersection, target + pred - intersection)
         for name in ("panoptic", "boundary_panoptic"):
             if name in self._sums:
                 weight, quality = _class_qualities(self._per_class(name))

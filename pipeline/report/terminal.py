@@ -8,7 +8,7 @@ from rich.text import Text
 
 from pipeline.report.formats import DASH, count, figure_format, percent
 
-__all__ = ["CLASS_FIGURES", "FIGURES", "report_tables"]
+__all__ = ["CLASS_FIGURES", "FIGURES", "plain_table", "report_tables"]
 
 Tree = Mapping[str, Any]
 
@@ -68,14 +68,14 @@ def report_tables(report: Tree) -> Iterator[Table]:
 
 
 def _counts(counts: Tree) -> Table:
-    table = _table(*counts, left=0)
+    table = plain_table(*counts, left=0)
     table.add_row(*(count(value) for value in counts.values()))
     return table
 
 
 def _figures(report: Tree, paths: Sequence[str]) -> Table:
     level = report["bootstrap"]["level"]
-    table = _table("figure", "value", f"{percent(level, 0)} % interval")
+    table = plain_table("figure", "value", f"{percent(level, 0)} % interval")
     for path in paths:
         shown = figure_format(path)
         low, high = report["intervals"].get(path) or (None, None)
@@ -88,7 +88,7 @@ def _classes(report: Tree, paths: Sequence[str]) -> Table:
     names: dict[str, str] = {}
     for path in paths:
         names |= {identifier: row["name"] for identifier, row in _class_rows(report, path).items()}
-    table = _table("class", *(figure_format(path).name for path in paths))
+    table = plain_table("class", *(figure_format(path).name for path in paths))
     for identifier in sorted(names, key=int)[:MAX_ROWS]:
         values = (_class_rows(report, path).get(identifier, {}).get(path.rpartition(".")[2]) for path in paths)
         table.add_row(Text(names[identifier]), *map(percent, values))
@@ -98,7 +98,7 @@ def _classes(report: Tree, paths: Sequence[str]) -> Table:
 def _slices(slices: Tree) -> Table:
     values = slices["values"]
     paths = [path for path in SLICE_FIGURES if any(_value(entry, path) is not None for entry in values)]
-    table = _table(slices["by"], "ok", "images", *(figure_format(path).name for path in paths))
+    table = plain_table(slices["by"], "ok", "images", *(figure_format(path).name for path in paths))
     for entry in values[:MAX_ROWS]:
         cells = (figure_format(path).show(_value(entry, path)) for path in paths)
         table.add_row(Text(entry["value"]), count(entry["counts"]["ok"]), count(entry["counts"]["images"]), *cells)
@@ -106,7 +106,7 @@ def _slices(slices: Tree) -> Table:
 
 
 def _problems(problems: Sequence[Tree]) -> Table:
-    table = _table("rows", "outcome", "stage", "kind", "for example", left=5)
+    table = plain_table("rows", "outcome", "stage", "kind", "for example", left=5)
     table.columns[0].justify = "right"
     for problem in problems:
         first = problem["examples"][0]
@@ -115,7 +115,7 @@ def _problems(problems: Sequence[Tree]) -> Table:
     return table
 
 
-def _table(*columns: str, left: int = 1) -> Table:
+def plain_table(*columns: str, left: int = 1) -> Table:
     """left: how many columns are text."""
     table = Table(box=None, pad_edge=False)
     for place, name in enumerate(columns):

@@ -4,6 +4,7 @@ The figures come from the metric states; intervals are made up around them, beca
 """
 
 import functools
+import html.parser
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -401,3 +402,44 @@ def empty_report() -> dict[str, Any]:
 
 
 PALETTE = {category.id: category.color for category in TAXONOMY.categories}
+
+VOID_TAGS = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
+
+
+class Tags(html.parser.HTMLParser):
+    """Open tags, ids, links, and text outside of scripts and styles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.loads: list[str] = []
+        self.words: list[str] = []
+        self.tags: set[str] = set()
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        assert len(found) == len(attrs), f"an attribute twice in {tag}: {attrs}"
+        assert not [name for name in found if name.startswith("on") or name == "style"], attrs
+        self.tags.add(tag)
+        self.ids += [value for name, value in attrs if name == "id" and value]
+        self.links += [found["href"] or ""] if "href" in found else []
+        self.loads += [found[name] or "" for name in ("src", "srcset", "data", "action", "xlink:href") if name in found]
+        if tag not in VOID_TAGS:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID_TAGS:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.words.append(data)

@@ -1,6 +1,5 @@
 """The page, in a real headless Chromium: complete, readable on a phone and in the dark, sortable, and safe."""
 
-import html.parser
 import io
 import json
 import re
@@ -15,6 +14,7 @@ from page_helpers import (
     FIGURES,
     PALETTE,
     TASKS,
+    Tags,
     empty_report,
     headlines,
     look_up,
@@ -30,7 +30,6 @@ from pipeline.report.page import render_page
 
 MAX_PAGE_BYTES = 3_000_000
 DESKTOP, PHONE = {"width": 1280}, {"width": 390, "height": 844, "phone": True}
-VOID_TAGS = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
 PAYLOADS = (
     "<script>window.owned=1</script>",
     "</script><script>window.owned=1</script>",
@@ -75,45 +74,6 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         pytest.skip("there is no chromium on this machine")
     with open_browser(tmp_path_factory.mktemp("chromium") / "profile") as opened:
         yield opened
-
-
-class Tags(html.parser.HTMLParser):
-    """Open tags, ids, links, and text outside of scripts and styles."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.ids: list[str] = []
-        self.links: list[str] = []
-        self.loads: list[str] = []
-        self.words: list[str] = []
-        self.tags: set[str] = set()
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        assert len(found) == len(attrs), f"an attribute twice in {tag}: {attrs}"
-        assert not [name for name in found if name.startswith("on") or name == "style"], attrs
-        self.tags.add(tag)
-        self.ids += [value for name, value in attrs if name == "id" and value]
-        self.links += [found["href"] or ""] if "href" in found else []
-        self.loads += [found[name] or "" for name in ("src", "srcset", "data", "action", "xlink:href") if name in found]
-        if tag not in VOID_TAGS:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID_TAGS:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] not in ("script", "style"):
-            self.words.append(data)
 
 
 @pytest.mark.parametrize("name", REPORTS)

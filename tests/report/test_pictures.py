@@ -1,49 +1,24 @@
 """The pictures of a report: the right images, found in the source again, beside their predictions."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from report_helpers import TASK_SPACE, depth_score, describe, png, row, write_run, write_table
+from report_helpers import LABELLED, TASK_SPACE, describe, label_rows, write_run, write_table
 
-from pipeline.config import ScenesSource, ScoreConfig
+from pipeline.config import ScoreConfig
 from pipeline.errors import ConfigError, StorageError
-from pipeline.predictions.base import Predicted
 from pipeline.report.pictures import report_pictures
 from pipeline.report.report import ReportOptions, write_page, write_report
 from pipeline.report.rows import ScoredTable, open_scored
-from pipeline.sources.base import Sample, read_unit
-from pipeline.sources.scenes import Scenes
-from pipeline.stages.score import Scorer
-from pipeline.targets import read_label_map
 
-SOURCE = ScenesSource(format="scenes", count=10, width=48, height=32, unit_images=4)
 OPTIONS = ReportOptions(replicates=0, images=2)
 PANELS = ["image", "target", "prediction", "error"]
 
 
-def label_rows() -> list[dict[str, Any]]:
-    """Every image with its target as its prediction, of which image n has 3 n rows of pixels wrong."""
-    source = Scenes(SOURCE)
-    scorer = Scorer.build(ScoreConfig(), TASK_SPACE, TASK_SPACE, max_pixels=10**6)
-    rows = []
-    samples = [item for unit in source.plan() for item in read_unit(source, unit, ()) if isinstance(item, Sample)]
-    for number, sample in enumerate(samples):
-        label_HW = read_label_map(sample.targets["semantic"], max_pixels=10**6).copy()
-        label_HW[: 3 * number] = (label_HW[: 3 * number] + 1) % len(TASK_SPACE.ids)
-        score = scorer.score(Predicted(label_HW=label_HW), sample.targets, key=sample.image_id)
-        # A second figure, of which other images are the worst.
-        score = {**(score or {}), **depth_score(number)}
-        whose = {"image_id": sample.image_id, "shard_id": sample.shard_id, "position": sample.position}
-        size = {"width": 48, "height": 32}
-        rows.append(row("x/0", score, semantic={"format": "png", "data": png(label_HW)}) | whose | size)
-    return rows
-
-
 @pytest.fixture
 def labelled(tmp_path: Path) -> ScoredTable:
-    config = {"source": SOURCE.model_dump(mode="json"), "score": ScoreConfig().model_dump(mode="json")}
+    config = {"source": LABELLED.model_dump(mode="json"), "score": ScoreConfig().model_dump(mode="json")}
     uri = write_table(tmp_path / "labels", label_rows(), taxonomy=TASK_SPACE, cuts=[4, 8], config=config)
     return open_scored(uri, {})[0]
 

@@ -93,6 +93,25 @@ def test_figures_of_many_sums_at_once(seed: int) -> None:
             assert values[at] == pytest.approx(expected[name], nan_ok=True), name
 
 
+def test_replicates_of_classes_are_figures_of_repeated_images() -> None:
+    scores = [semantic_score(seed) | panoptic_score(seed) for seed in range(12)]
+    names = [f"image {n}" for n in range(12)]
+    replicates = Replicates(SPACE, 10)
+    replicates.add(names[:5], pa.array(scores[:5], SCORE))
+    replicates.add(names[5:], pa.array(scores[5:], SCORE))
+    values = replicates.class_values()
+    paths = {f"{section}.{name}" for section in ("panoptic", "boundary_panoptic") for name in ("PQ", "SQ", "RQ")}
+    assert set(values) == {"semantic.IoU", "semantic.accuracy", "boundary.IoU"} | paths
+    for at, weights in enumerate(poisson_weights(hash_images(names), np.arange(10)).tolist()):
+        expected = sections(repeated(scores, weights))
+        for path, value_BK in values.items():
+            section, _, name = path.rpartition(".")
+            per_class = expected[section]["per_class"]
+            assert [per_class[str(c.id)][name] for c in SPACE.categories] == pytest.approx(
+                value_BK[at].tolist(), abs=1e-12, nan_ok=True
+            ), path
+
+
 KINDS: dict[str, tuple[Callable[[int], dict[str, Any]], Callable[[list[Any]], float]]] = {
     "semantic.mIoU": (
         semantic_score,
