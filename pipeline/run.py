@@ -137,8 +137,7 @@ class Run:
         changed = self.plan.filter(units.changed(self.plan, lines)).column("shard_id")
         labelled = self.table.shards()
         affected = changed.filter(pc.is_in(changed, value_set=labelled)).to_pylist()
-        # A slice of a listing that no longer exists: its images moved to other slices, which changed with it.
-        stale = self._vanished_slices(lines) if self.config.on_changed == "relabel" else []
+        stale = self._vanished(lines) if self.config.on_changed == "relabel" else []
         if affected and self.config.on_changed == "stop":
             shown = ", ".join(affected[:5]) + (f" and {len(affected) - 5} more" if len(affected) > 5 else "")
             raise SourceChangedError(
@@ -155,13 +154,21 @@ class Run:
             self.table.delete_units([*affected, *stale])
             self.unit_log.append_forgotten(stale, self.run_id)
 
-    def _vanished_slices(self, lines: pa.Table) -> list[str]:
+    def _vanished(self, lines: pa.Table) -> list[str]:
+        """Units whose rows have no place any more.
+
+        Of labels: slices of a listing that no longer exist, because their images moved to other slices, which changed
+        with it. Of scores: every unit that this source does not have; they are soon made again, and a report of two
+        sources at once would be wrong.
+        """
         if self.config.source.limit is not None:
             return []
         now = set(self.plan.column("shard_id").to_pylist())
-        bases = {shard_id.rpartition("#")[0] for shard_id in now if "#" in shard_id}
-        known = set(units.planned(lines).column("shard_id").to_pylist())
-        return sorted(s for s in known - now if "#" in s and s.rpartition("#")[0] in bases)
+        gone = set(units.planned(lines).column("shard_id").to_pylist()) - now
+        if self.job == "label":
+            bases = {shard_id.rpartition("#")[0] for shard_id in now if "#" in shard_id}
+            gone = {shard_id for shard_id in gone if "#" in shard_id and shard_id.rpartition("#")[0] in bases}
+        return sorted(gone)
 
     def _reopen_failed(self) -> None:
         self._attempts = self.table.failed_attempts(self.versions)

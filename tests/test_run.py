@@ -54,9 +54,7 @@ def items(run: Run) -> list[WorkItem]:
     return [row_to_work(row, len(run.models)) for row in run.pending().to_pylist()]
 
 
-def label(
-    run: Run, item: WorkItem, rows: int, *, failed: Collection[int] = (), per_file: int = 3
-) -> Iterator[Window]:
+def label(run: Run, item: WorkItem, rows: int, *, failed: Collection[int] = (), per_file: int = 3) -> Iterator[Window]:
     """What a worker does with one unit of `rows` samples."""
     if item.unit.stop is not None:
         rows = min(rows, item.unit.stop)

@@ -129,6 +129,8 @@ def test_targets_of_another_source_by_name(labelled: Path, elsewhere: Path, tmp_
         f"predictions.uri={labelled}",
         f"output.uri={tmp_path}",
     )
+    # Scores against another source, which must not stay beside these.
+    assert run_evaluate(*SCENES, f"predictions.uri={labelled}", f"output.uri={tmp_path}") == 0
     assert run_evaluate(*arguments, "predictions.match=name") == 0
     rows = rows_of(tmp_path)
     kinds = {kind: [row for row in rows if row["error_type"] == kind] for kind in {row["error_type"] for row in rows}}
