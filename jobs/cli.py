@@ -12,6 +12,7 @@ __all__ = ["main"]
 
 JOBS = {
     "label": "label a corpus into a table of masks",
+    "train": "train a model, on any number of workers, and go on where it stopped",
     "evaluate": "score predictions against targets into a table of scores",
     "report": "fold scores into figures, tables and a page",
     "compare": "two runs over the same images: what differs, and whether it is more than chance",

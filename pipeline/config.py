@@ -444,7 +444,7 @@ UNION_TAGS = {"int", "float", "constrained-int", "constrained-float", "literal['
 
 def _without_tags(path: list[str]) -> list[str]:
     """Pydantic puts the tag of a discriminated union into the path; nobody wrote it there."""
-    return [part for index, part in enumerate(path) if not (index == 1 and path[0] == "source" and part in SOURCES)]
+    return [part for index, part in enumerate(path) if not (index and path[index - 1] == "source" and part in SOURCES)]
 
 
 def _section(annotation: Any, path: list[str]) -> type[Section] | None:
@@ -485,12 +485,12 @@ def describe(kind: type[Section], prefix: str = "") -> list[tuple[str, str, str]
     for name, field in kind.model_fields.items():
         dotted = f"{prefix}{name}"
         if field.annotation is not None and name == "source":
-            rows.append(("source.format", "required", " | ".join(SOURCES)))
-            common = set(_AnySource.model_fields)
-            rows += describe(_AnySource, "source.")
+            rows.append((f"{dotted}.format", "required", " | ".join(SOURCES)))
+            common = {f"{dotted}.{field}" for field in (*_AnySource.model_fields, "format")}
+            rows += describe(_AnySource, f"{dotted}.")
             for tag, kind_of_source in SOURCES.items():
-                own = [row for row in describe(kind_of_source, "source.") if row[0][7:] not in common | {"format"}]
-                rows += [(dotted, default, f"[{tag}] {text}") for dotted, default, text in own]
+                own = [row for row in describe(kind_of_source, f"{dotted}.") if row[0] not in common]
+                rows += [(field, default, f"[{tag}] {text}") for field, default, text in own]
             continue
         section = _section(field.annotation, []) or _section(field.annotation, ["0"])
         if section is not None:

@@ -20,6 +20,7 @@ __all__ = [
     "SourceChangedError",
     "StorageError",
     "TargetMismatchError",
+    "TrainingDivergedError",
     "UnknownModelError",
     "UnreadableError",
 ]
@@ -70,6 +71,10 @@ class SourceChangedError(RunError):
     """A unit whose content is no longer what the committed rows were made from."""
 
     exit_code = EXIT_STORAGE
+
+
+class TrainingDivergedError(RunError):
+    """A loss or gradient that is not finite; the weights before it are in the last checkpoint."""
 
 
 class FailureBudgetExceeded(RunError):  # noqa: N818  (the name of the contract)

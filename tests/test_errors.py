@@ -11,6 +11,7 @@ from pipeline.errors import MaskmillError, RowError, RunError
 EXIT_CODES = {
     "RunError": 1,
     "ConfigError": 2,
+    "TrainingDivergedError": 1,
     "UnknownModelError": 2,
     "CheckpointError": 2,
     "SchemaError": 2,

@@ -12,6 +12,7 @@ from ray.data import DataContext, Dataset, TaskPoolStrategy
 from ray.exceptions import RayError, RayTaskError
 
 from pipeline.config import Resources
+from pipeline.config_train import TrainResources
 from pipeline.errors import ConfigError, RunError, StorageError
 from pipeline.sources.base import Unit
 from pipeline.units import row_to_unit
@@ -82,7 +83,7 @@ def _stderr_closed() -> Iterator[None]:
         os.close(null)
 
 
-def plan_pool(resources: Resources) -> Pool:
+def plan_pool(resources: Resources | TrainResources) -> Pool:
     """Settle `auto` by what the cluster has, and refuse what no node can hold: Ray would wait for it in silence.
 
     Raises ConfigError.

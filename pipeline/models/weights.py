@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline.errors import CheckpointError, ConfigError, StorageError
 from pipeline.storage import join, open_fs, storage_errors
 
-__all__ = ["CheckpointSpec", "checkpoint_spec", "fingerprint", "load_weights"]
+__all__ = ["CheckpointSpec", "checkpoint_spec", "fingerprint", "load_weights", "read_weights"]
 
 MAX_SPEC_BYTES = 10_000_000
 MAX_WEIGHTS_BYTES = 100_000_000_000
@@ -75,16 +75,18 @@ def load_weights(module: nn.Module, weights: str, storage: Mapping[str, Any]) ->
     Raises CheckpointError where the weights are missing, need more than tensors to be read, or differ from the module
     in names or shapes (all differences are listed); StorageError where storage fails.
     """
-    if weights == "none":
-        return
+    if weights != "none":
+        _load_strictly(module, read_weights(weights, storage), weights)
+
+
+def read_weights(weights: str, storage: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors that `weights` names (not `none`). Raises CheckpointError, StorageError."""
     folder = _folder(weights)
     if folder is not None:
-        state = _read_file(join(folder, "model.safetensors"), storage)
-    elif weights.startswith("torchvision:"):
-        state = _torchvision(weights.removeprefix("torchvision:"))
-    else:
-        state = _read_file(weights, storage)
-    _load_strictly(module, state, weights)
+        return _read_file(join(folder, "model.safetensors"), storage)
+    if weights.startswith("torchvision:"):
+        return _torchvision(weights.removeprefix("torchvision:"))
+    return _read_file(weights, storage)
 
 
 def _torchvision(enum: str) -> dict[str, Tensor]:

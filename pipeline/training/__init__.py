@@ -1,0 +1,1 @@
+"""Losses, augmentation, schedules and optimisers: what training is made of, in plain torch."""
