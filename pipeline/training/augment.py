@@ -174,22 +174,12 @@ def apply_change(example: Example, change: Change, options: AugmentOptions) -> E
 
     Raises ConfigError for mirror padding of instance masks: a reflected object is another one.
     """
-    height, width = example["image"].shape[-2:]
-    bottom, right = change.top + change.height, change.left + change.width
-    inside = change.top >= 0 and bottom <= height and change.left >= 0 and right <= width
-    rows, columns = torch.arange(change.top, bottom), torch.arange(change.left, right)
-    if "masks" in example and options.pad == "mirror" and not inside:
+    if "masks" in example and options.pad == "mirror" and not _is_inside(change, example["image"]):
         raise ConfigError("instances cannot be padded by mirroring; use pad: void")
-    changed: Example = {}
-    for name, values in ({"image": example["image"]} | _maps(example)).items():
-        if inside:
-            window = values[..., change.top : bottom, change.left : right]
-        else:
-            window = values[..., _mirrored(rows, height), :][..., _mirrored(columns, width)]
-            if options.pad == "void":
-                outside = ((rows < 0) | (rows >= height))[:, None] | ((columns < 0) | (columns >= width))
-                window = torch.where(outside, _void(name, window, options), window)
-        changed[name] = _resized(name, window, change.out_height, change.out_width)
+    changed = {
+        name: _resized(name, _cut(name, values, change, options), change.out_height, change.out_width)
+        for name, values in ({"image": example["image"]} | _maps(example)).items()
+    }
     if change.flip:
         changed = {name: transforms.horizontal_flip(values) for name, values in changed.items()}
     changed["image"] = _colored(changed["image"], change)
@@ -217,6 +207,33 @@ def _place(draw: float, size: int, window: int) -> int:
     """Where a window begins: anywhere inside the image, or, where it is larger, anywhere around it."""
     first, last = min(0, size - window), max(0, size - window)
     return first + int(draw * (last - first + 1))
+
+
+def _is_inside(change: Change, values: Tensor) -> bool:
+    height, width = values.shape[-2:]
+    return min(change.top, change.left) >= 0 and (
+        change.top + change.height <= height and change.left + change.width <= width
+    )
+
+
+def _cut(name: str, values: Tensor, change: Change, options: AugmentOptions) -> Tensor:
+    """The change's window, padded where it reaches beyond the image."""
+    height, width = values.shape[-2:]
+    bottom, right = change.top + change.height, change.left + change.width
+    if _is_inside(change, values):
+        return values[..., change.top : bottom, change.left : right]
+    if options.pad == "mirror":
+        rows = _mirrored(torch.arange(change.top, bottom), height)
+        columns = _mirrored(torch.arange(change.left, right), width)
+        return values.index_select(-2, rows).index_select(-1, columns)
+    window = _void(name, values, options).expand(*values.shape[:-2], change.height, change.width).clone()
+    # The part of the image that the window shows, unless it misses it altogether.
+    top, left = max(0, change.top), max(0, change.left)
+    below, beside = min(height, bottom), min(width, right)
+    if below > top and beside > left:
+        part = values[..., top:below, left:beside]
+        window[..., top - change.top : below - change.top, left - change.left : beside - change.left] = part
+    return window
 
 
 def _mirrored(places: Tensor, size: int) -> Tensor:

@@ -410,6 +410,8 @@ def test_every_image_size_gives_the_crop(height: int, width: int, seed: int, pad
 
 def test_resizing_for_validation_does_nothing_else() -> None:
     example = scene()
+    noise = np.random.default_rng(0).integers(0, 256, (3, HEIGHT, WIDTH)).astype(np.uint8)
+    example["image"] = tv_tensors.Image(torch.from_numpy(noise))
     assert_equal(resize(example, HEIGHT, WIDTH), example)
     small = resize(example, 30, 50)
     assert small["image"].shape == (3, 30, 50)

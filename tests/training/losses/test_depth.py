@@ -125,7 +125,7 @@ def test_no_target_at_all_is_0_with_a_gradient_of_0(loss: Loss) -> None:
 
 
 @every_loss
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_gradients_are_those_of_finite_differences(loss: Loss, seed: int) -> None:
     pred_BHW, target_BHW, valid_BHW = batch(seed)
     assert torch.autograd.gradcheck(lambda x: loss(x, target_BHW, valid_BHW).mean(), pred_BHW.requires_grad_())

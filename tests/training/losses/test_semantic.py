@@ -161,7 +161,7 @@ def test_an_image_without_valid_pixels_changes_nothing(loss: Loss) -> None:
 
 
 @every_loss
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_gradients_are_those_of_finite_differences(loss: Loss, seed: int) -> None:
     logits_BKHW, target_BHW = batch(seed, size=2, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: loss(x, target_BHW).mean(), logits_BKHW.requires_grad_())

@@ -102,7 +102,10 @@ def test_the_mean_of_means_is_another_gradient() -> None:
     assert max(differences) > 0.05
 
 
-@pytest.mark.parametrize(("objective", "outputs"), OBJECTIVES.values(), ids=OBJECTIVES)
+WHOLE = {"semantic of the batch as one": (semantic(per_image=False), CLASSES)}
+
+
+@pytest.mark.parametrize(("objective", "outputs"), (OBJECTIVES | WHOLE).values(), ids=OBJECTIVES | WHOLE)
 @pytest.mark.parametrize("images", [(0, 1, 2, 3, 4, 5), (1,), (0, 1)])
 def test_weights_are_known_without_an_output(objective: Objective, outputs: int, images: Sequence[int]) -> None:
     batch = part(make_batch(6), images)
