@@ -117,7 +117,12 @@ def _class_weights(weights: dict[str | int, float], taxonomy: Taxonomy) -> tuple
 def augment_options(config: TrainConfig, model: LoadedModel) -> AugmentOptions:
     """What varies, on the size that the model's preprocessing gives."""
     preprocess = model.preprocess
-    return AugmentOptions(**config.augment.model_dump(), resize=preprocess.resize, max_size=preprocess.max_size)
+    return AugmentOptions(
+        **config.augment.model_dump(),
+        resize=preprocess.resize,
+        max_size=preprocess.max_size,
+        void_id=model.taxonomy.void_id,
+    )
 
 
 def optimizer_options(config: TrainConfig) -> OptimizerOptions:
