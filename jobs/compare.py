@@ -23,7 +23,7 @@ from pipeline.report.compare.terminal import compare_tables
 from pipeline.report.gallery import Picture
 from pipeline.report.report import PAGE_FILE, encode
 from pipeline.report.rows import ScoredTable, find_scored, open_predicted, open_scored
-from pipeline.status import RUN_FILE, SCORES_FOLDER, read_run
+from pipeline.runfile import RUN_FILE, SCORES_FOLDER, read_run
 from pipeline.storage import join, open_fs, storage_errors
 
 __all__ = ["main"]

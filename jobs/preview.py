@@ -9,7 +9,7 @@ from jobs.common import guarded
 from pipeline.config import LabelConfig, load_config, load_overrides, source_from
 from pipeline.errors import ConfigError
 from pipeline.preview import contact_sheet, pick_rows
-from pipeline.status import read_run
+from pipeline.runfile import read_run
 from pipeline.storage import open_fs
 from pipeline.table import RowTable
 from pipeline.taxonomy import build_taxonomy

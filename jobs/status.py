@@ -15,7 +15,8 @@ from rich.table import Table
 from jobs.common import guarded, storage_options
 from pipeline.progress import counts_table
 from pipeline.rows import PREDICTIONS, SCORES
-from pipeline.status import read_run, table_counts
+from pipeline.runfile import read_run
+from pipeline.status import table_counts
 from pipeline.table import RowTable
 from pipeline.units import UnitLog
 

@@ -1,6 +1,5 @@
 """Train a model: `maskmill train CONFIG.yaml [dotted.key=value ...]`, or the same as `python -m jobs.train`."""
 
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -16,10 +15,8 @@ from pipeline.config_train import TrainConfig
 from pipeline.dataflow import cluster
 from pipeline.errors import RunError
 from pipeline.progress import Reporter, duration
-from pipeline.run import code_version
+from pipeline.runfile import code_version, write_run
 from pipeline.sources.registry import open_source
-from pipeline.status import RUN_FILE
-from pipeline.storage import join, open_fs, storage_errors
 from pipeline.trainer import Resumed, Training
 from pipeline.training.events import EpochDone, Saved, SaveFailed, StepDone
 from pipeline.training.plan import SourcePlan, plan_source
@@ -119,12 +116,7 @@ def _write_run(config: TrainConfig, run_id: str, plan: SourcePlan, state: str, *
         "code": code_version(),
         **more,
     }
-    data = json.dumps(run, indent=1).encode()
-    fs, base = open_fs(config.output.uri, config.output.storage)
-    with storage_errors(join(config.output.uri, RUN_FILE)):
-        fs.makedirs(join(base, "_runs"), exist_ok=True)
-        for name in (f"_runs/{run_id}.json", RUN_FILE):
-            fs.pipe_file(join(base, name), data)
+    write_run(config.output.uri, config.output.storage, run)
 
 
 if __name__ == "__main__":

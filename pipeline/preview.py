@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from pipeline.images import decode_image
 from pipeline.masks import decode_depth, decode_label_map, decode_rle
 from pipeline.overlay import Rgb, blend_labels, blend_masks, color_depth
 from pipeline.schema import OK
-from pipeline.sources.base import Sample, UnitEnd, read_unit
+from pipeline.sources.base import AllBut, Sample, UnitEnd, read_unit
 from pipeline.sources.registry import open_source
 from pipeline.table import RowTable
 from pipeline.taxonomy import Taxonomy
@@ -74,16 +74,6 @@ def pick_rows(table: RowTable, model: str, version: str, count: int, seed: int) 
     return sorted(rows, key=lambda row: (row["shard_id"], row["position"]))
 
 
-class _AllBut:
-    """Every position but these few: what a reader has to skip."""
-
-    def __init__(self, positions: set[int]) -> None:
-        self.positions = positions
-
-    def __contains__(self, position: object) -> bool:
-        return position not in self.positions
-
-
 def read_images(
     source_config: SourceConfig, rows: Sequence[Mapping[str, Any]], *, images: bool = True
 ) -> Iterator[tuple[Sample, int]]:
@@ -95,10 +85,11 @@ def read_images(
     for unit in source.plan(images=images):
         places = wanted.pop(unit.shard_id, None)
         if places:
-            skip: Container[int] = _AllBut(set(places))
-            for item in read_unit(source, unit, skip, images=images):
+            for item in read_unit(source, unit, AllBut(frozenset(places), unit.rows), images=images):
                 if not isinstance(item, UnitEnd) and item.position in places:
-                    yield item, places[item.position]
+                    yield item, places.pop(item.position)
+                    if not places:
+                        break
         if not wanted:
             return
 

@@ -9,15 +9,11 @@ import functools
 import hashlib
 import json
 import logging
-import platform
-import subprocess
 import time
 import uuid
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -25,14 +21,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyroaring import BitMap
 
-import pipeline
 from pipeline import units
 from pipeline.config import EvaluateConfig, LabelConfig, redacted
 from pipeline.errors import ConfigError, FailureBudgetExceeded, SourceChangedError
 from pipeline.rows import PREDICTIONS
+from pipeline.runfile import SCORES_FOLDER, code_version, write_run
 from pipeline.stages.work import STAGES, Window, WorkItem
-from pipeline.status import RUN_FILE, SCORES_FOLDER, Counts, table_counts
-from pipeline.storage import join, open_fs, storage_errors
+from pipeline.status import Counts, table_counts
+from pipeline.storage import join
 from pipeline.table import FileRecord, RowTable
 from pipeline.units import UnitLog, row_to_unit
 
@@ -321,12 +317,7 @@ class Run:
             "code": code_version(),
             **more,
         }
-        data = json.dumps(run, indent=1).encode()
-        fs, base = open_fs(self.uri, self.storage)
-        with storage_errors(join(self.uri, RUN_FILE)):
-            fs.makedirs(join(base, "_runs"), exist_ok=True)
-            fs.pipe_file(join(base, "_runs", f"{self.run_id}.json"), data)
-            fs.pipe_file(join(base, RUN_FILE), data)
+        write_run(self.uri, self.storage, run)
 
 
 def output_of(config: LabelConfig | EvaluateConfig) -> tuple[str, Mapping[str, Any]]:
@@ -338,18 +329,3 @@ def output_of(config: LabelConfig | EvaluateConfig) -> tuple[str, Mapping[str, A
     if config.predictions.format != "table":
         raise ConfigError(f"output.uri must be given where predictions.format is {config.predictions.format}")
     return join(config.predictions.uri, SCORES_FOLDER), config.output.storage or config.predictions.storage
-
-
-def code_version() -> dict[str, str]:
-    """maskmill's version and commit, and the versions of what computes the labels."""
-    versions = {name: metadata.version(name) for name in ("torch", "torchvision", "ray", "numpy", "pillow", "pyarrow")}
-    return {"maskmill": pipeline.__version__, "commit": _commit(), "python": platform.python_version(), **versions}
-
-
-def _commit() -> str:
-    folder = Path(pipeline.__file__).parent.parent
-    try:
-        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"

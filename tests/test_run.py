@@ -14,9 +14,10 @@ from pipeline import units
 from pipeline.config import LabelConfig
 from pipeline.errors import FailureBudgetExceeded, SourceChangedError, StorageError
 from pipeline.run import Run, row_to_work
+from pipeline.runfile import read_run
 from pipeline.sources.base import Unit
 from pipeline.stages.work import Window, WorkItem
-from pipeline.status import Counts, read_run
+from pipeline.status import Counts
 from pipeline.table import RowTable
 from pipeline.units import UnitLog, plan_table
 

@@ -20,9 +20,9 @@ from pipeline.errors import ConfigError, RowError, SchemaError
 from pipeline.predictions.base import Found, ScoredModel, UnitPredictions, join_payload
 from pipeline.predictions.beside import extend_plan
 from pipeline.predictions.stored import stored
+from pipeline.runfile import read_run
 from pipeline.schema import MODEL, OK
 from pipeline.sources.base import Sample, Unit
-from pipeline.status import read_run
 from pipeline.storage import join, open_fs, storage_errors
 from pipeline.table import RowTable
 from pipeline.taxonomy import build_taxonomy

@@ -1,6 +1,6 @@
 """The worst and best images of a report, read again from the source, with their targets and predictions."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from pipeline.stages.score import Scorer
 from pipeline.taxonomy import build_taxonomy
 from pipeline.units import plan_table, row_to_unit
 
-__all__ = ["Described", "describe_run", "draw", "report_pictures"]
+__all__ = ["Described", "describe_run", "draw", "read_entries", "report_pictures"]
 
 # One figure of each section, the first that a report has.
 SHOWN = (("semantic.mIoU",), ("panoptic.PQ",), ("detection.segm.F1", "detection.bbox.F1"), ("depth.AbsRel",))
@@ -48,20 +48,19 @@ def report_pictures(
         return {}
     described = describe_run(scored, overrides)
     listed = list(entries.values())
-    samples = read_images(described.source, listed, images=_has_images(described.source))
-    drawn = dict(zip(entries, draw(listed, samples, scored, described), strict=True))
+    drawn = dict(zip(entries, draw(listed, read_entries(described.source, listed), scored, described), strict=True))
     return {
         key: [replace(drawn[_place(entry)], value=entry["value"]) for entry in found] for key, found in lists.items()
     }
 
 
-def _has_images(source: SourceConfig) -> bool:
-    """Some sources have targets alone: COCO files without their folder, another table."""
+def read_entries(source: SourceConfig, entries: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Sample, int]]:
+    """`read_images`, without images where the source has targets alone: COCO files without their folder."""
     try:
         next(open_source(source).plan(), None)
     except ConfigError:
-        return False
-    return True
+        return read_images(source, entries, images=False)
+    return read_images(source, entries)
 
 
 def _place(entry: Mapping[str, Any]) -> Place:

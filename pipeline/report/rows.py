@@ -9,8 +9,8 @@ import pyarrow.compute as pc
 
 from pipeline.errors import ConfigError, MissingPredictionError, MissingTargetError
 from pipeline.rows import PREDICTIONS, SCORES
+from pipeline.runfile import SCORES_FOLDER, read_run
 from pipeline.schema import MODEL, OK
-from pipeline.status import SCORES_FOLDER, read_run
 from pipeline.storage import join, open_fs, storage_errors
 from pipeline.table import RowTable
 from pipeline.taxonomy import Taxonomy, build_taxonomy

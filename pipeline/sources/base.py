@@ -6,13 +6,13 @@ nothing vanishes.
 """
 
 import time
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from pipeline.errors import RowError, StorageError, UnreadableError
 
-__all__ = ["Sample", "Source", "Unit", "UnitEnd", "read_unit", "unreadable"]
+__all__ = ["AllBut", "Sample", "Source", "Unit", "UnitEnd", "read_unit", "unreadable"]
 
 READ_ATTEMPTS = 3
 RETRY_PAUSE_S = 0.5
@@ -103,6 +103,19 @@ def unreadable(unit: Unit, position: int, reason: str) -> Iterator[Sample | Unit
         error=UnreadableError(where),
     )
     yield UnitEnd(rows=position + 1)
+
+
+@dataclass(frozen=True)
+class AllBut:
+    """The positions of a unit that are not wanted, as `Source.read` takes them. rows: of the unit, where known."""
+
+    wanted: Set[int]
+    rows: int | None = None
+
+    def __contains__(self, position: object) -> bool:
+        # Beyond the end nothing is done, or a reader that looks for the first open position would search for ever.
+        end = max(self.wanted, default=-1) + 1 if self.rows is None else self.rows
+        return position not in self.wanted and isinstance(position, int) and position < end
 
 
 class _Both:

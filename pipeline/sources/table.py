@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 from pipeline.config import TableSource
 from pipeline.errors import ConfigError
 from pipeline.masks import decode_depth, decode_label_map, decode_rle, encode_label_map, encode_panoptic_png
+from pipeline.runfile import read_run
 from pipeline.schema import MODEL, OK
 from pipeline.sources.base import Sample, Unit, UnitEnd
-from pipeline.status import read_run
 from pipeline.storage import join, open_fs, storage_errors
 from pipeline.table import RowTable
 

@@ -1,14 +1,13 @@
 """What an epoch is made of: the units of a source, each with its number of images."""
 
 import hashlib
-from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from pipeline.errors import ConfigError
 from pipeline.sources.base import Source, Unit, UnitEnd, read_unit
 
-__all__ = ["AllBut", "SourcePlan", "plan_source"]
+__all__ = ["SourcePlan", "plan_source"]
 
 COUNTING_THREADS = 16
 
@@ -28,18 +27,6 @@ class SourcePlan:
     @property
     def named_rows(self) -> list[tuple[str, int]]:
         return [(unit.shard_id, rows) for unit, rows in zip(self.units, self.rows, strict=True)]
-
-
-@dataclass(frozen=True)
-class AllBut:
-    """The positions of a unit that are not wanted, as `read_unit` takes them. rows: of the unit."""
-
-    wanted: AbstractSet[int]
-    rows: int
-
-    def __contains__(self, position: object) -> bool:
-        # Beyond the end nothing is done, or a reader that looks for the first open position would search for ever.
-        return position not in self.wanted and isinstance(position, int) and position < self.rows
 
 
 def plan_source(source: Source) -> SourcePlan:

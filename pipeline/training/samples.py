@@ -13,11 +13,11 @@ import torch
 
 from pipeline.errors import RowError, UnreadableError
 from pipeline.images import decode_image
-from pipeline.sources.base import Sample, Source, UnitEnd, read_unit
+from pipeline.sources.base import AllBut, Sample, Source, UnitEnd, read_unit
 from pipeline.stages.stream import map_ordered, read_ahead
 from pipeline.training.augment import AugmentOptions, Example, augment
 from pipeline.training.order import EpochOrder, Group, own_places, part_range
-from pipeline.training.plan import AllBut, SourcePlan
+from pipeline.training.plan import SourcePlan
 from pipeline.training.task_targets import TaskTargets
 
 __all__ = ["Failure", "Item", "SampleReader", "StepItems"]

@@ -23,7 +23,7 @@ from pipeline.metrics.detection import Detection
 from pipeline.metrics.detection_match import Objects
 from pipeline.models.load import LoadedModel
 from pipeline.models.spec import Prediction, Task
-from pipeline.sources.base import UnitEnd
+from pipeline.sources.base import AllBut, UnitEnd
 from pipeline.sources.registry import open_source
 from pipeline.stages.batching import PixelBatcher
 from pipeline.stages.decode import Decoded, Decoder
@@ -31,7 +31,7 @@ from pipeline.stages.encode import encode_instances
 from pipeline.stages.predict import Predict, Prepared
 from pipeline.taxonomy import Taxonomy
 from pipeline.training.order import part_range
-from pipeline.training.plan import AllBut, SourcePlan
+from pipeline.training.plan import SourcePlan
 from pipeline.training.samples import Failure
 from pipeline.training.task_targets import TaskTargets
 from pipeline.training.workers import Workers

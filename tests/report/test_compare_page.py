@@ -2,12 +2,11 @@
 
 import copy
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Browser, find_chromium, open_browser
+from browser import Browser
 from compare_helpers import compared, two_runs
 from page_helpers import PALETTE, TASKS, Tags, make_pictures, make_report
 from report_helpers import SPACE, depth_score, row
@@ -77,14 +76,6 @@ def pages(comparison: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
 
 
 PAGES = ["difference", *TASKS]
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if find_chromium() is None:
-        pytest.skip("there is no chromium on this machine")
-    with open_browser(tmp_path_factory.mktemp("chromium") / "profile") as opened:
-        yield opened
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -3,13 +3,13 @@
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from browser import Browser, find_chromium, open_browser
+from browser import Browser
 from page_helpers import (
     FIGURES,
     PALETTE,
@@ -66,14 +66,6 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         found[name] = folder / f"{name}.html"
         found[name].write_text(render_page(*make(), palette=PALETTE), "utf-8")
     return found
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if find_chromium() is None:
-        pytest.skip("there is no chromium on this machine")
-    with open_browser(tmp_path_factory.mktemp("chromium") / "profile") as opened:
-        yield opened
 
 
 @pytest.mark.parametrize("name", REPORTS)

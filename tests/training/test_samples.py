@@ -14,14 +14,14 @@ from PIL import Image
 from pipeline.config import ScenesSource, SourceConfig, WebdatasetSource, source_from
 from pipeline.config_train import TargetConfig
 from pipeline.errors import ConfigError, MissingTargetError, StorageError, TargetMismatchError
-from pipeline.sources.base import Unit, UnitEnd
+from pipeline.sources.base import AllBut, Unit, UnitEnd
 from pipeline.sources.pack import pack_unit
 from pipeline.sources.registry import open_source
 from pipeline.sources.scenes import render_scene
 from pipeline.taxonomy import Category, Taxonomy, load_taxonomy
 from pipeline.training.augment import AugmentOptions
 from pipeline.training.order import EpochOrder
-from pipeline.training.plan import AllBut, SourcePlan, plan_source
+from pipeline.training.plan import SourcePlan, plan_source
 from pipeline.training.samples import SampleReader, StepItems
 from pipeline.training.task_targets import TaskTargets
 

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from pipeline.errors import RunError
 from pipeline.preview import read_images
 from pipeline.report.gallery import Panel, Picture
-from pipeline.report.pictures import SHOWN, describe_run, draw
+from pipeline.report.pictures import SHOWN, describe_run, draw, read_entries
 from pipeline.report.rows import ScoredTable
 from pipeline.schema import MODEL
 from pipeline.sources.base import Sample
@@ -45,9 +45,9 @@ def change_pictures(
     if not entries:
         return {}
     described = describe_run(b, overrides_b)
-    of_b = draw(entries, read_images(described.source, entries), b, described)
+    of_b = draw(entries, read_entries(described.source, entries), b, described)
     own = describe_run(a, overrides_a)._replace(source=described.source)
-    of_a = draw(entries, read_images(described.source, entries), a, own)
+    of_a = draw(entries, read_entries(described.source, entries), a, own)
     return _listed(lists, entries, [_beside(*pair) for pair in zip(of_a, of_b, strict=True)])
 
 

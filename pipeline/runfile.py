@@ -1,0 +1,60 @@
+"""run.json: what a run was made of and how it ended, as every job writes and reads it."""
+
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pipeline
+from pipeline.errors import SchemaError
+from pipeline.storage import join, open_fs, storage_errors
+
+__all__ = ["RUN_FILE", "SCORES_FOLDER", "code_version", "read_run", "write_run"]
+
+RUN_FILE = "run.json"
+# Where `evaluate` puts the scores of a prediction table by default, below it.
+SCORES_FOLDER = "_scores"
+MAX_RUN_BYTES = 50_000_000
+
+
+def read_run(uri: str, storage: Mapping[str, Any]) -> dict[str, Any]:
+    """The newest run's run.json. Raises StorageError where there is none, SchemaError where it is none."""
+    fs, base = open_fs(uri, storage)
+    with storage_errors(join(uri, RUN_FILE)):
+        data = fs.cat_file(join(base, RUN_FILE), start=0, end=MAX_RUN_BYTES)
+    try:
+        run: dict[str, Any] = json.loads(data)
+        [(model["label"], model["version"]) for model in run["models"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SchemaError(
+            f"{join(uri, RUN_FILE)} is no run.json of maskmill: {type(error).__name__}: {error}"
+        ) from error
+    return run
+
+
+def write_run(uri: str, storage: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    """Write run.json (the newest run) and _runs/RUN_ID.json (each run). run: with its `run_id`. Raises StorageError."""
+    data = json.dumps(run, indent=1).encode()
+    fs, base = open_fs(uri, storage)
+    with storage_errors(join(uri, RUN_FILE)):
+        fs.makedirs(join(base, "_runs"), exist_ok=True)
+        for name in (f"_runs/{run['run_id']}.json", RUN_FILE):
+            fs.pipe_file(join(base, name), data)
+
+
+def code_version() -> dict[str, str]:
+    """maskmill's version and commit, and the versions of what computes the labels."""
+    versions = {name: metadata.version(name) for name in ("torch", "torchvision", "ray", "numpy", "pillow", "pyarrow")}
+    return {"maskmill": pipeline.__version__, "commit": _commit(), "python": platform.python_version(), **versions}
+
+
+def _commit() -> str:
+    folder = Path(pipeline.__file__).parent.parent
+    try:
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
