@@ -7,7 +7,8 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from pipeline.config import Section, describe, load_config, load_overrides
+from pipeline.config import Section
+from pipeline.configfile import describe, load_config, load_overrides
 from pipeline.errors import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_UNEXPECTED, ConfigError, MaskmillError, RunError
 
 __all__ = ["Interrupted", "config_help", "config_job", "guarded", "storage_options"]

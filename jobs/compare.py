@@ -11,7 +11,8 @@ from rich.console import Console
 
 from jobs.common import guarded
 from jobs.evaluate import evaluate
-from pipeline.config import EvaluateConfig, load_overrides, redacted
+from pipeline.config import EvaluateConfig
+from pipeline.configfile import load_overrides, redacted
 from pipeline.errors import ConfigError, RunError
 from pipeline.report.compare.agreement import agreement_score, write_agreement
 from pipeline.report.compare.agreement_page import render_agreement

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from jobs.common import guarded
-from pipeline.config import LabelConfig, load_config, load_overrides, source_from
+from pipeline.config import LabelConfig
+from pipeline.configfile import load_config, load_overrides, source_from
 from pipeline.errors import ConfigError
 from pipeline.preview import contact_sheet, pick_rows
 from pipeline.runfile import read_run

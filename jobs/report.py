@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from jobs.common import guarded
-from pipeline.config import load_overrides
+from pipeline.configfile import load_overrides
 from pipeline.errors import ConfigError, RunError
 from pipeline.report.gallery import Picture
 from pipeline.report.pictures import report_pictures

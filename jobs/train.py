@@ -10,8 +10,8 @@ from uuid import uuid4
 
 from jobs.common import config_job
 from jobs.driver import leave, signals_interrupt
-from pipeline.config import redacted
 from pipeline.config_train import TrainConfig
+from pipeline.configfile import redacted
 from pipeline.dataflow import cluster
 from pipeline.errors import RunError
 from pipeline.progress import Reporter, duration

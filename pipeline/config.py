@@ -1,21 +1,15 @@
-"""Run configs: one YAML file plus dotted overrides, checked whole when built, frozen afterwards.
+"""Run configs as frozen sections, checked whole when built; configfile.py reads them from YAML.
 
 A field is documented beside the field; `maskmill JOB --help` prints these texts.
 """
 
-import difflib
-import json
-import re
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from pipeline.errors import ConfigError
-from pipeline.storage import read_bytes
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
+    "SOURCES",
+    "AnySource",
     "CocoSource",
     "EvaluateConfig",
     "FilesSource",
@@ -28,18 +22,14 @@ __all__ = [
     "Resources",
     "ScenesSource",
     "ScoreConfig",
+    "Section",
     "SourceConfig",
+    "Storage",
     "TableSource",
     "WebdatasetSource",
-    "describe",
-    "load_config",
-    "load_overrides",
-    "load_yaml",
-    "redacted",
-    "source_from",
+    "WorkerResources",
 ]
 
-MAX_YAML_BYTES = 1_000_000
 Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1)]
 Storage = dict[str, Any]
@@ -49,22 +39,19 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
-SectionT = TypeVar("SectionT", bound=Section)
-
-
-class _AnySource(Section):
+class AnySource(Section):
     storage: Storage = Field({}, description="fsspec options: key, secret, endpoint_url, anon, client_kwargs, ...")
     limit: int | None = Field(None, ge=1, description="only the first N images, in plan order")
     max_pixels: int = Field(200_000_000, ge=1, description="larger images fail as ImageTooLargeError before decoding")
     max_bytes: int = Field(1_000_000_000, ge=1, description="larger encoded objects fail as ImageTooLargeError unread")
 
 
-class WebdatasetSource(_AnySource):
+class WebdatasetSource(AnySource):
     format: Literal["webdataset"]
     uri: str = Field(description="tar shards (.tar, .tar.gz): a folder, glob or brace pattern, s3://b/s-{000..127}.tar")
 
 
-class ParquetSource(_AnySource):
+class ParquetSource(AnySource):
     format: Literal["parquet"]
     uri: str = Field(description="Parquet files: a folder, glob or brace pattern; a unit is one row group")
     image_column: str = Field("image", description="a binary column, or a struct {bytes, path}")
@@ -75,7 +62,7 @@ class ParquetSource(_AnySource):
     field_columns: tuple[str, ...] = Field((), description="further columns to carry along, for slicing reports")
 
 
-class FilesSource(_AnySource):
+class FilesSource(AnySource):
     format: Literal["files"]
     uri: str = Field(description="image files: a folder (searched below), glob or brace pattern")
     images: str | None = Field(
@@ -91,7 +78,7 @@ class FilesSource(_AnySource):
     unit_images: int = Field(256, ge=1, description="images in one unit; enough for a second of work or more")
 
 
-class CocoSource(_AnySource):
+class CocoSource(AnySource):
     format: Literal["coco"]
     uri: str | None = Field(None, description="folder of the images; evaluate can do without, it reads targets alone")
     instances: str | None = Field(None, description="COCO instances JSON")
@@ -106,7 +93,7 @@ class CocoSource(_AnySource):
         return self
 
 
-class ScenesSource(_AnySource):
+class ScenesSource(AnySource):
     format: Literal["scenes"]
     uri: str = Field("scenes://", description="unused: scenes are generated, the same for each seed on every machine")
     count: int = Field(200, ge=1, description="how many scenes")
@@ -120,7 +107,7 @@ class ScenesSource(_AnySource):
     )
 
 
-class TableSource(_AnySource):
+class TableSource(AnySource):
     format: Literal["table"]
     uri: str = Field(description="output of a labelling run: what its model said is the target of another's evaluation")
     model: str | None = Field(None, description="label of the model; default: the first")
@@ -170,13 +157,20 @@ class OutputConfig(Section):
     commit_interval_s: float = Field(5.0, ge=0.1, description="seconds between commits")
 
 
-class Resources(Section):
-    workers: Count | Auto = Field("auto", description="predicting actors; auto: one per GPU, else one per node")
+class WorkerResources(Section):
+    """What one worker of any job is given."""
+
+    workers: Count | Auto = Field("auto", description="worker processes; auto: one per GPU, else one per node")
     gpus_per_worker: Annotated[float, Field(ge=0)] | Auto = Field(
         "auto", description="auto: 1 where the cluster has GPUs, else 0"
     )
     cpus_per_worker: float = Field(1.0, ge=0, description="logical CPUs that Ray reserves for one worker")
     memory_per_worker_bytes: int | None = Field(None, ge=1, description="heap that Ray reserves for one worker")
+    object_store_bytes: int | None = Field(None, ge=80_000_000, description="local Ray only: size of its object store")
+
+
+class Resources(WorkerResources):
+    workers: Count | Auto = Field("auto", description="predicting actors; auto: one per GPU, else one per node")
     torch_threads: Count | Auto = Field(
         "auto", description="threads of the forward pass on CPU; auto: the node's cores"
     )
@@ -194,7 +188,6 @@ class Resources(Section):
     predict_timeout_s: float = Field(
         600.0, gt=0, description="a batch that takes longer fails its images as PredictTimeoutError"
     )
-    object_store_bytes: int | None = Field(None, ge=80_000_000, description="local Ray only: size of its object store")
 
 
 class DepthScoreConfig(Section):
@@ -315,161 +308,7 @@ class PackConfig(Section):
     ray_address: str | None = Field(None, description="Ray cluster to join; default: RAY_ADDRESS, else a local one")
 
 
-class _SafeLoader(yaml.SafeLoader):
-    """YAML without anchors and aliases (a file of a few lines must not unfold into gigabytes) and without keys that
-    stand twice in one mapping (the first would be lost)."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise yaml.YAMLError(f"anchors and aliases are not allowed (line {event.start_mark.line + 1})")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.YAMLError(f"{key.value!r} stands twice in one mapping (line {key.start_mark.line + 1})")
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
-def load_yaml(text: str, where: str) -> Any:
-    """One YAML document of plain values. Raises ConfigError that names `where`."""
-    try:
-        return yaml.load(text, Loader=_SafeLoader)  # noqa: S506  (a SafeLoader)
-    except Exception as error:  # what a tag does not fit raises as it likes: ValueError, KeyError, AttributeError
-        problem = str(error)
-        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-            # Not its whole text, which quotes the line, and with it perhaps a secret.
-            problem = f"{error.problem} (line {error.problem_mark.line + 1})"
-        raise ConfigError(f"{where} is not readable YAML: {' '.join(problem.split())}") from error
-
-
-def load_config(kind: type[SectionT], uri: str | None, overrides: Sequence[str] = ()) -> SectionT:
-    """Read `uri` (YAML), apply `dotted.key=value` overrides (values are YAML), and check the whole.
-
-    Raises ConfigError for unreadable YAML, an unknown key (with the nearest known one), or a value that does not fit;
-    StorageError where the file cannot be read.
-    """
-    tree: Any = {}
-    if uri is not None:
-        tree = load_yaml(read_bytes(uri, max_bytes=MAX_YAML_BYTES).decode("utf-8", "replace"), uri)
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{uri} must hold a mapping of fields, got {type(tree).__name__}")
-    tree = load_overrides(overrides, tree)
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(_message(kind, error)) from error
-
-
-def load_overrides(overrides: Sequence[str], tree: Any = None) -> Any:
-    """`dotted.key=value` arguments set in `tree`, which is changed and returned. Raises ConfigError."""
-    tree = {} if tree is None else tree
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"expected dotted.key=value, got {override!r}")
-        _set(tree, key.split("."), _override_value(value, key), key)
-    return tree
-
-
-def _override_value(text: str, key: str) -> Any:
-    """An override's value: YAML where it reads as YAML, else the text itself ({id}_labels.png, *.jpg)."""
-    try:
-        return load_yaml(text, key)
-    except ConfigError:
-        return text
-
-
-def _set(tree: Any, keys: list[str], value: Any, whole: str) -> None:
-    for depth, key in enumerate(keys):
-        last = depth == len(keys) - 1
-        slot: Any = key
-        if isinstance(tree, list):
-            if not key.isdecimal() or len(key) > 9 or int(key) > len(tree):
-                raise ConfigError(f"{whole}: expected an index from 0 to {len(tree)}, got {key!r}")
-            slot = int(key)
-            if slot == len(tree):
-                tree.append(None)
-        elif not isinstance(tree, dict):
-            raise ConfigError(f"{whole}: {'.'.join(keys[:depth])} is a {type(tree).__name__}, it has no field {key!r}")
-        if last:
-            tree[slot] = value
-            return
-        if (tree.get(slot) if isinstance(tree, dict) else tree[slot]) is None:
-            tree[slot] = [] if keys[depth + 1].isdecimal() else {}
-        tree = tree[slot]
-
-
-def _message(kind: type[Section], error: ValidationError) -> str:
-    lines: dict[str, list[str]] = {}
-    ends: dict[str, str] = {}
-    for item in error.errors(include_url=False):
-        path = [str(part) for part in item["loc"] if part not in UNION_TAGS]
-        if item["type"] == "too_short" and item["input"]:
-            continue  # pydantic counts only the items that are right
-        if item["type"] == "extra_forbidden":
-            where, key = ".".join(_without_tags(path[:-1])), path[-1]
-            close = difflib.get_close_matches(key, _fields_at(kind, path[:-1]), n=3, cutoff=0.5)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            lines[f"unknown key {key!r} in {where or 'the config'}{hint}"] = []
-        else:
-            where = ".".join(_without_tags(path)) or "config"
-            text = item["msg"].removeprefix("Value error, ")
-            lines.setdefault(where, []).append(f"{text[0].lower()}{text[1:]}")
-            secret = "storage" in path
-            got = type(item["input"]).__name__ if secret else _short(item["input"])
-            ends[where] = "" if item["type"] in {"missing", "value_error"} else f", got {got}"
-    return "; ".join(
-        f"{where}: {' or '.join(texts)}{ends[where]}" if texts else where for where, texts in lines.items()
-    )
-
-
-def _short(value: Any) -> str:
-    """A value for a message. Of a mapping its keys: the values may be credentials."""
-    if isinstance(value, Mapping):
-        text = f"a mapping of {', '.join(map(str, value)) or 'nothing'}"
-    elif isinstance(value, list | tuple):
-        text = f"a list of {len(value)}"
-    else:
-        text = repr(value)
-    return text if len(text) < 80 else text[:77] + "..."
-
-
-# What pydantic puts into the path of a union's error, one for each type that the value could have.
-UNION_TAGS = {"int", "float", "constrained-int", "constrained-float", "literal['auto']"}
-
-
-def _without_tags(path: list[str]) -> list[str]:
-    """Pydantic puts the tag of a discriminated union into the path; nobody wrote it there."""
-    return [part for index, part in enumerate(path) if not (index and path[index - 1] == "source" and part in SOURCES)]
-
-
-def _section(annotation: Any, path: list[str]) -> type[Section] | None:
-    if not path and isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        field = annotation.model_fields.get(path[0])
-        return _section(field.annotation, path[1:]) if field else None
-    for option in get_args(annotation):
-        if path and isinstance(option, type) and issubclass(option, Section):
-            tag = option.model_fields.get("format")
-            if tag and path[0] in get_args(tag.annotation):
-                return _section(option, path[1:])
-        found = _section(option, path[1:] if path and path[0].isdecimal() else path)
-        if found:
-            return found
-    return None
-
-
-def _fields_at(kind: type[Section], path: list[str]) -> list[str]:
-    section = _section(kind, path)
-    return list(section.model_fields) if section else []
-
-
-SOURCES: dict[str, type[_AnySource]] = {
+SOURCES: dict[str, type[AnySource]] = {
     "webdataset": WebdatasetSource,
     "parquet": ParquetSource,
     "files": FilesSource,
@@ -477,65 +316,3 @@ SOURCES: dict[str, type[_AnySource]] = {
     "scenes": ScenesSource,
     "table": TableSource,
 }
-
-
-def describe(kind: type[Section], prefix: str = "") -> list[tuple[str, str, str]]:
-    """Every field as (dotted name, default, meaning), nested sections unfolded, for `--help`."""
-    rows: list[tuple[str, str, str]] = []
-    for name, field in kind.model_fields.items():
-        dotted = f"{prefix}{name}"
-        if field.annotation is not None and name == "source":
-            rows.append((f"{dotted}.format", "required", " | ".join(SOURCES)))
-            common = {f"{dotted}.{field}" for field in (*_AnySource.model_fields, "format")}
-            rows += describe(_AnySource, f"{dotted}.")
-            for tag, kind_of_source in SOURCES.items():
-                own = [row for row in describe(kind_of_source, f"{dotted}.") if row[0] not in common]
-                rows += [(field, default, f"[{tag}] {text}") for field, default, text in own]
-            continue
-        section = _section(field.annotation, []) or _section(field.annotation, ["0"])
-        if section is not None:
-            repeated = ".N." if get_origin(field.annotation) is tuple else "."
-            rows += describe(section, f"{dotted}{repeated}")
-            continue
-        default = "required" if field.is_required() else json.dumps(field.default, default=str)
-        rows.append((dotted, default, field.description or ""))
-    return rows
-
-
-def redacted(config: Section) -> dict[str, Any]:
-    """The resolved config as plain values with every storage option's value hidden except addresses, and the password
-    of an address too."""
-
-    def walk(value: Any, key: str = "") -> Any:
-        if key == "storage" and isinstance(value, Mapping):
-            return {name: _redact(name, option) for name, option in value.items()}
-        if isinstance(value, Mapping):
-            return {name: walk(item, name) for name, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [walk(item) for item in value]
-        return _without_password(value)
-
-    result: dict[str, Any] = walk(config.model_dump(mode="json"))
-    return result
-
-
-def _redact(name: str, option: Any) -> Any:
-    if isinstance(option, Mapping):
-        return {key: _redact(key, value) for key, value in option.items()}
-    return _without_password(option) if name in ADDRESSES else "***"
-
-
-ADDRESSES = {"endpoint_url", "region_name", "anon", "use_ssl", "verify"}
-
-
-def _without_password(value: Any) -> Any:
-    """https://user:password@host without the password; abfs://container@account has none."""
-    return re.sub(r"(://[^/@:]*:)[^/@]*@", r"\1***@", value) if isinstance(value, str) else value
-
-
-def source_from(tree: Mapping[str, Any]) -> "SourceConfig":
-    """A source section alone, as run.json keeps it. Raises ConfigError."""
-    try:
-        return SOURCES[tree["format"]].model_validate(dict(tree))  # type: ignore[return-value]
-    except (KeyError, ValidationError) as error:
-        raise ConfigError(f"not a source: {' '.join(str(error).split())[:300]}") from error

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.config import ModelConfig, Section, SourceConfig, Storage
+from pipeline.config import ModelConfig, Section, SourceConfig, Storage, WorkerResources
 
 __all__ = [
     "AugmentConfig",
@@ -169,16 +169,10 @@ class TrainOutput(Section):
     storage: Storage = Field({}, description="fsspec options for the output")
 
 
-class TrainResources(Section):
+class TrainResources(WorkerResources):
     workers: Count | Auto = Field("auto", description="training processes; auto: one per GPU, else one")
-    gpus_per_worker: Annotated[float, Field(ge=0)] | Auto = Field(
-        "auto", description="auto: 1 where the cluster has GPUs, else 0"
-    )
-    cpus_per_worker: float = Field(1.0, ge=0, description="logical CPUs that Ray reserves for one worker")
-    memory_per_worker_bytes: int | None = Field(None, ge=1, description="heap that Ray reserves for one worker")
     torch_threads: Count | Auto = Field("auto", description="threads of the forward pass on CPU; auto: its CPUs")
     decode_threads: Count | Auto = Field("auto", description="decoding and augmenting threads; auto: 2 to 8 by cores")
-    object_store_bytes: int | None = Field(None, ge=80_000_000, description="local Ray only: size of its object store")
 
 
 class TrainConfig(Section):

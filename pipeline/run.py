@@ -22,7 +22,8 @@ import pyarrow.compute as pc
 from pyroaring import BitMap
 
 from pipeline import units
-from pipeline.config import EvaluateConfig, LabelConfig, redacted
+from pipeline.config import EvaluateConfig, LabelConfig
+from pipeline.configfile import redacted
 from pipeline.errors import ConfigError, FailureBudgetExceeded, SourceChangedError
 from pipeline.rows import PREDICTIONS
 from pipeline.runfile import SCORES_FOLDER, code_version, write_run

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config import load_yaml
+from pipeline.configfile import load_yaml
 from pipeline.errors import ConfigError, TargetMismatchError
 from pipeline.taxonomy import Category, Taxonomy
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from pipeline import config as module
+from pipeline import configfile
 from pipeline.config import (
     CocoSource,
     EvaluateConfig,
@@ -20,13 +21,8 @@ from pipeline.config import (
     Resources,
     ScenesSource,
     WebdatasetSource,
-    describe,
-    load_config,
-    load_overrides,
-    load_yaml,
-    redacted,
-    source_from,
 )
+from pipeline.configfile import describe, load_config, load_overrides, load_yaml, redacted, source_from
 from pipeline.errors import ConfigError, MaskmillError, StorageError
 
 BASE = "source: {format: scenes, count: 7}\nmodels: [{name: unet_small}, {name: null_model}]\noutput: {uri: out}\n"
@@ -49,7 +45,8 @@ def message(text: str | bytes, tmp_path: Path, *overrides: str, kind: type[Maskm
 
 def test_public_names() -> None:
     assert all(hasattr(module, name) for name in module.__all__)
-    assert {"LabelConfig", "PackConfig", "load_config", "describe", "redacted", "source_from"} <= set(module.__all__)
+    assert {"LabelConfig", "EvaluateConfig", "PackConfig", "SourceConfig", "Section"} <= set(module.__all__)
+    assert {"load_config", "describe", "redacted", "source_from"} <= set(configfile.__all__)
 
 
 def test_yaml_and_defaults(tmp_path: Path) -> None:

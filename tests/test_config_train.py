@@ -6,8 +6,8 @@ import pytest
 from pydantic import ValidationError
 from test_config import every_field
 
-from pipeline.config import describe, load_config
 from pipeline.config_train import TrainConfig
+from pipeline.configfile import describe, load_config
 from pipeline.errors import ConfigError
 
 BASE = """

@@ -11,8 +11,7 @@ import ray
 from ray.data import DataContext, Dataset, TaskPoolStrategy
 from ray.exceptions import RayError, RayTaskError
 
-from pipeline.config import Resources
-from pipeline.config_train import TrainResources
+from pipeline.config import WorkerResources
 from pipeline.errors import ConfigError, RunError, StorageError
 from pipeline.sources.base import Unit
 from pipeline.units import row_to_unit
@@ -83,7 +82,7 @@ def _stderr_closed() -> Iterator[None]:
         os.close(null)
 
 
-def plan_pool(resources: Resources | TrainResources) -> Pool:
+def plan_pool(resources: WorkerResources) -> Pool:
     """Settle `auto` by what the cluster has, and refuse what no node can hold: Ray would wait for it in silence.
 
     Raises ConfigError.

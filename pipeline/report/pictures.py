@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import ValidationError
 
-from pipeline.config import PredictionsConfig, ScoreConfig, SourceConfig, source_from
+from pipeline.config import PredictionsConfig, ScoreConfig, SourceConfig
+from pipeline.configfile import source_from
 from pipeline.errors import ConfigError
 from pipeline.predictions.base import Found, UnitPredictions, split_payload
 from pipeline.predictions.registry import open_predictions

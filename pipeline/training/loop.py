@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.config import redacted
 from pipeline.config_train import TrainConfig
+from pipeline.configfile import redacted
 from pipeline.errors import (
     ConfigError,
     FailureBudgetExceeded,

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.config import ScenesSource, SourceConfig, WebdatasetSource, source_from
+from pipeline.config import ScenesSource, SourceConfig, WebdatasetSource
 from pipeline.config_train import TargetConfig
+from pipeline.configfile import source_from
 from pipeline.errors import ConfigError, MissingTargetError, StorageError, TargetMismatchError
 from pipeline.sources.base import AllBut, Unit, UnitEnd
 from pipeline.sources.pack import pack_unit
