@@ -10,27 +10,35 @@ from typing import Any, TypeVar, get_args
 import torch
 from torch import nn
 
-from pipeline.config import ModelConfig
+from pipeline.config import ModelConfig, RefineStage, TtaConfig
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.models.licences import licence
 from pipeline.models.postprocess import POSTPROCESS, POSTPROCESS_VERSION
 from pipeline.models.registry import find_model, import_spec
 from pipeline.models.spec import ModelSpec, PostContext, Postprocess, Preprocess
-from pipeline.models.weights import checkpoint_spec, fingerprint, load_weights, require_known
-from pipeline.taxonomy import Taxonomy, load_taxonomy
+from pipeline.models.weights import CheckpointSpec, checkpoint_spec, fingerprint, load_weights, require_known
+from pipeline.taxonomy import Taxonomy, build_taxonomy, load_taxonomy
 
-__all__ = ["LoadedModel", "check_models", "load_model"]
+__all__ = ["LoadedModel", "check_models", "find_spec", "find_taxonomy", "load_model", "stored_spec"]
 
 PREPROCESS_OPTIONS = {field.name for field in dataclasses.fields(Preprocess)}
 POST_OPTIONS = {field.name for field in dataclasses.fields(PostContext)} - {"taxonomy"}
 RUN_OPTIONS = {"precision", "channels_last", "compile"}
 DEPTH_KINDS = ("metric_m", "relative", "inverse_relative")
+# Part of the model_version of a model that is refined or augmented: raise it when their labels would change.
+STAGES_VERSION = 1
 T = TypeVar("T")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A model in memory. `label` names it in the table; `version` changes with anything that changes its labels."""
+    """A model in memory. `label` names it in the table; `version` changes with anything that changes its labels.
+
+    weights: the address that they were read from, with the commit where it names a repository. checkpoint: what their
+    spec.json says, empty where they are no checkpoint. refine: stages that
+    follow a semantic model. tta: the views that a semantic or depth model's output is the mean of; None: one.
+    """
 
     label: str
     version: str
@@ -42,6 +50,10 @@ class LoadedModel:
     autocast: torch.dtype | None
     channels_last: bool
     compile: bool
+    weights: str = "none"
+    checkpoint: CheckpointSpec = dataclasses.field(default_factory=dict)
+    refine: tuple[RefineStage, ...] = ()
+    tta: TtaConfig | None = None
 
     @property
     def taxonomy(self) -> Taxonomy:
@@ -49,14 +61,16 @@ class LoadedModel:
 
     def describe(self) -> dict[str, Any]:
         """Plain values for run.json and for the driver, which holds no module."""
+        license_text, commercial = licence(self.spec, self.weights, self.checkpoint)
         return {
             "label": self.label,
             "name": self.spec.name,
             "version": self.version,
             "task": self.spec.task,
             "taxonomy": self.taxonomy.describe(),
-            "license": self.spec.license,
-            "commercial": self.spec.commercial,
+            "weights": self.weights,
+            "license": license_text,
+            "commercial": commercial,
             "parameters": sum(parameter.numel() for parameter in self.module.parameters()),
         }
 
@@ -84,37 +98,64 @@ def check_models(configs: tuple[ModelConfig, ...]) -> list[str]:
     return labels
 
 
-def load_model(config: ModelConfig, *, seed: int, tile_pixels: int) -> LoadedModel:
+def stored_spec(config: ModelConfig) -> CheckpointSpec:
+    """What the checkpoint that a config's weights name says of its model, empty where they name no checkpoint.
+
+    `options`, `preprocess`, `taxonomy`: as far as it has them, of the right type. Raises CheckpointError, StorageError.
+    """
+    checkpoint = checkpoint_spec(config.weights, config.storage) or {}
+    for name, kinds in (("options", (dict,)), ("preprocess", (dict,)), ("taxonomy", (str, dict))):
+        if name in checkpoint and not isinstance(checkpoint[name], kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise CheckpointError(
+                f"{config.weights}/spec.json: {name} must be a {expected}, got {checkpoint[name]!r:.80}"
+            )
+    return checkpoint
+
+
+def find_taxonomy(config: ModelConfig, checkpoint: CheckpointSpec, spec: ModelSpec) -> Taxonomy:
+    """The model's label space: the config's, else the checkpoint's, else the spec's own.
+
+    A checkpoint holds it whole, as `Taxonomy.describe` gives it, so that it is the same wherever the checkpoint is
+    taken; bundled and older ones hold its name or address. Raises ConfigError, CheckpointError for a content that is no
+    taxonomy, StorageError.
+    """
+    stored = checkpoint.get("taxonomy")
+    if not isinstance(stored, dict) or config.taxonomy:
+        return load_taxonomy(config.taxonomy or stored or spec.taxonomy, config.storage)
+    try:
+        return build_taxonomy(stored, f"{config.weights}/spec.json (taxonomy)")
+    except ConfigError as error:
+        raise CheckpointError(f"{error}"[:500]) from error
+
+
+def load_model(config: ModelConfig, *, seed: int, tile_pixels: int, taxonomy: Taxonomy | None = None) -> LoadedModel:
     """Build, load weights, and fingerprint. The module is in eval mode on the CPU.
 
-    Raises UnknownModelError, ConfigError (options, taxonomy), CheckpointError, StorageError.
+    taxonomy: instead of what `find_taxonomy` finds. Raises UnknownModelError, ConfigError (options, taxonomy),
+    CheckpointError, StorageError.
     """
     spec = find_spec(config)
     where = f"options of model {config.label or spec.name!r}"
-    checkpoint = checkpoint_spec(config.weights, config.storage) or {}
+    _check_stages(config, spec)
+    checkpoint = stored_spec(config)
     if checkpoint and checkpoint["model"] != spec.name:
         raise CheckpointError(f"{config.weights} holds a {checkpoint['model']}, the config asks for {spec.name}")
-    for name, kind in (("options", dict), ("preprocess", dict), ("taxonomy", str)):
-        if not isinstance(checkpoint.get(name, kind()), kind):
-            raise CheckpointError(
-                f"{config.weights}/spec.json: {name} must be a {kind.__name__}, got {checkpoint[name]!r:.80}"
-            )
     options = {**(spec.options or {}), **checkpoint.get("options", {}), **config.options}
     defaults = {name: parameter.default for name, parameter in inspect.signature(spec.build).parameters.items()}
-    build_options = set(defaults) - {"num_classes", "args", "kwargs"}
+    build_options = set(defaults) - {"num_classes", "taxonomy", "args", "kwargs"}
     require_known(options, PREPROCESS_OPTIONS | POST_OPTIONS | RUN_OPTIONS | build_options, where)
 
-    taxonomy = load_taxonomy(config.taxonomy or checkpoint.get("taxonomy") or spec.taxonomy, config.storage)
+    taxonomy = taxonomy or find_taxonomy(config, checkpoint, spec)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            module = spec.build(spec.num_classes(taxonomy), **{k: v for k, v in options.items() if k in build_options})
+            module = spec.module(taxonomy, {name: options[name] for name in options if name in build_options})
         except Exception as error:
+            kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
             text = " ".join(str(error).split())[:300]
-            raise ConfigError(
-                f"model {spec.name!r} cannot be built: {type(error).__name__}: {text} ({where})"
-            ) from error
-    load_weights(module, config.weights, config.storage)
+            raise ConfigError(f"model {spec.name!r} cannot be built: {kind}{text} ({where})") from error
+    weights = load_weights(module, config.weights, config.storage, spec.adapt)
     module.eval().requires_grad_(False)
 
     preprocess = _replaced(spec.preprocess, {**checkpoint.get("preprocess", {}), **options}, where)
@@ -135,11 +176,17 @@ def load_model(config: ModelConfig, *, seed: int, tile_pixels: int) -> LoadedMod
         "options": {
             name: options.get(name, defaults[name])
             for name in sorted(build_options)
-            if name in options or isinstance(defaults[name], bool | int | float | str)
+            if name in options or isinstance(defaults[name], bool | int | float | str | tuple)
         },
         "precision": precision,
         "tile_pixels": tile_pixels if spec.dense else 0,
     }
+    tta = None if config.tta == TtaConfig() else config.tta
+    # Only where there are any: without them the version is what it was before there were such stages.
+    if config.refine:
+        settings["refine"] = [STAGES_VERSION, *(stage.model_dump(mode="json") for stage in config.refine)]
+    if tta is not None:
+        settings["tta"] = [STAGES_VERSION, tta.model_dump(mode="json")]
     return LoadedModel(
         label=config.label or spec.name,
         version=fingerprint(module, settings),
@@ -151,7 +198,29 @@ def load_model(config: ModelConfig, *, seed: int, tile_pixels: int) -> LoadedMod
         autocast=PRECISIONS[precision],
         channels_last=bool(options.get("channels_last", True)),
         compile=bool(options.get("compile", False)),
+        weights=weights,
+        checkpoint=checkpoint,
+        refine=config.refine,
+        tta=tta,
     )
+
+
+def _check_stages(config: ModelConfig, spec: ModelSpec) -> None:
+    """Raises ConfigError where the model is none that `refine` or `tta` can work on."""
+    if config.refine and not (spec.task == "semantic" and spec.dense):
+        own = "" if spec.task != "semantic" else " with a postprocess of its own"
+        raise ConfigError(
+            f"refine works on the logits of semantic models, {spec.name!r} is a model of task {spec.task}{own}"
+        )
+    if config.tta is None:
+        return
+    if not (spec.dense or spec.task == "depth"):
+        own = " with a postprocess of its own" if spec.task == "semantic" else ""
+        raise ConfigError(
+            f"tta works on the maps of semantic and depth models, {spec.name!r} is a model of task {spec.task}{own}"
+        )
+    if config.tta.window is not None and not spec.dense:
+        raise ConfigError(f"tta.window works on models that can see a part of an image, {spec.name!r} needs the whole")
 
 
 def _replaced(value: T, options: Mapping[str, Any], where: str) -> T:

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from pipeline.models.spec import Frame, Instances, PostContext, Postprocess, Prediction, Quality, Task
 
-__all__ = ["POSTPROCESS", "POSTPROCESS_VERSION", "dense_output", "semantic_from_logits"]
+__all__ = ["POSTPROCESS", "POSTPROCESS_VERSION", "dense_output", "semantic_from_index", "semantic_from_logits"]
 
 # Part of every model_version: raise it when the same output would become other labels.
 POSTPROCESS_VERSION = 1
@@ -41,6 +41,17 @@ def semantic_from_logits(logits_KHW: Tensor, frame: Frame, context: PostContext)
     return Prediction(label_HW=_to_ids(_argmax_at_size(logits_KHW, frame), context), quality=quality)
 
 
+def semantic_from_index(index_HW: Tensor, logits_KHW: Tensor, frame: Frame, context: PostContext) -> Prediction:
+    """Decided classes (places in the taxonomy's list) reach the image's size by the nearest pixel; `logits_KHW` say how
+    sure the model was of them."""
+    quality = _quality(logits_KHW[:, ::QUALITY_STRIDE, ::QUALITY_STRIDE], context.low_confidence)
+    size = (frame.height, frame.width)
+    if index_HW.shape != size:
+        # float32 holds every class number exactly, and is what all devices resize.
+        index_HW = functional.interpolate(index_HW[None, None].float(), size=size, mode="nearest-exact")[0, 0]
+    return Prediction(label_HW=_to_ids(index_HW, context), quality=quality)
+
+
 def _argmax_at_size(logits_KHW: Tensor, frame: Frame) -> Tensor:
     size = (frame.height, frame.width)
     if logits_KHW.shape[1:] != size:
@@ -68,10 +79,11 @@ def _quality(logits_KHW: Tensor, low_confidence: float) -> Quality:
     return Quality(*values)
 
 
-def instance(output: Any, frames: Sequence[Frame], context: PostContext) -> list[Prediction]:
+def objects(output: Any, frames: Sequence[Frame], context: PostContext) -> list[Prediction]:
     """Detections in prepared pixels -> the best `max_segments` of at least `score_threshold`, in decoded pixels.
 
-    `output`: per frame a mapping of boxes (N, 4), scores (N), labels (N; category ids), masks (N, 1, M, M).
+    `output`: per frame a mapping of boxes (N, 4), scores (N), labels (N; category ids), and for masks of their own
+    masks (N, 1, M, M).
     """
     predictions = []
     for detection, frame in zip(output, frames, strict=True):
@@ -84,7 +96,7 @@ def instance(output: Any, frames: Sequence[Frame], context: PostContext) -> list
             boxes_N4=(detection["boxes"][order].float().cpu() * scale).numpy(),
             scores_N=detection["scores"][order].float().cpu().numpy(),
             category_ids_N=detection["labels"][order].cpu().numpy().astype(np.int64),
-            masks_NMM=detection["masks"][order][:, 0].float().cpu().numpy(),
+            masks_NMM=detection["masks"][order][:, 0].float().cpu().numpy() if "masks" in detection else None,
         )
         predictions.append(Prediction(instances=instances))
     return predictions
@@ -107,7 +119,13 @@ def depth_from_map(depth_1HW: Tensor, frame: Frame, context: PostContext) -> Pre
     return Prediction(depth_HW=depth_1HW[0].cpu().numpy(), depth_kind=context.depth_kind)
 
 
-POSTPROCESS: dict[Task, Postprocess] = {"semantic": semantic, "instance": instance, "depth": depth}
+# Panoptic models differ too much in what they give: each has its own.
+POSTPROCESS: dict[Task, Postprocess] = {
+    "semantic": semantic,
+    "instance": objects,
+    "detection": objects,
+    "depth": depth,
+}
 FROM_DENSE: dict[Task, Callable[[Tensor, Frame, PostContext], Prediction]] = {
     "semantic": semantic_from_logits,
     "depth": depth_from_map,

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -13,13 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError, ConfigError, StorageError
-from pipeline.storage import join, open_fs, storage_errors
+from pipeline.models.adapt import Adapt, as_named
+from pipeline.models.fetch import OFFLINE, check_sha256, local_file, no_network, offline, unpinned
+from pipeline.models.hub import hub_files, is_hub
+from pipeline.storage import join, storage_errors
 
 __all__ = ["CheckpointSpec", "checkpoint_spec", "fingerprint", "load_weights", "read_weights"]
 
 MAX_SPEC_BYTES = 10_000_000
 MAX_WEIGHTS_BYTES = 100_000_000_000
-SCHEMES = "none, bundled:NAME, torchvision:ENUM, or a path or URI of a checkpoint folder, .safetensors or .pt file"
+TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+SCHEMES = (
+    "none, bundled:NAME, torchvision:ENUM, hf:REPO[@REVISION][:FILE], timm:NAME[.TAG], "
+    "or a path or URI of a checkpoint folder, .safetensors or .pt file"
+)
 
 CheckpointSpec = Mapping[str, Any]
 
@@ -36,7 +43,7 @@ def _folder(weights: str) -> str | None:
     """The checkpoint folder that `weights` names, or None where it names something else."""
     if weights.startswith("bundled:"):
         return _bundled(weights.removeprefix("bundled:"))
-    if weights == "none" or weights.startswith("torchvision:") or weights.endswith((".safetensors", ".pt", ".pth")):
+    if weights == "none" or weights.startswith("torchvision:") or is_hub(weights) or _name(weights).endswith(SUFFIXES):
         return None
     scheme, separator, rest = weights.partition(":")
     if separator and not rest.startswith("/"):
@@ -44,18 +51,24 @@ def _folder(weights: str) -> str | None:
     return weights
 
 
+def _name(uri: str) -> str:
+    """An address without the query that it may have over HTTP."""
+    return uri.partition("?")[0] if uri.startswith(("http://", "https://")) else uri
+
+
 def checkpoint_spec(weights: str, storage: Mapping[str, Any]) -> CheckpointSpec | None:
     """The spec.json of a checkpoint folder, None where `weights` is no folder.
 
     Raises CheckpointError where the folder is no maskmill checkpoint, StorageError where it cannot be read.
     """
+    weights, _ = unpinned(weights)
     folder = _folder(weights)
     if folder is None:
         return None
-    fs, path = open_fs(folder, storage)
+    uri = join(folder, "spec.json")
     try:
-        with storage_errors(weights), fs.open(join(path, "spec.json"), "rb") as file:
-            text = file.read(MAX_SPEC_BYTES + 1)
+        with local_file(uri, storage, max_bytes=MAX_SPEC_BYTES) as path, storage_errors(uri), open(path, "rb") as file:
+            text = file.read()
     except StorageError as error:
         if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
             raise CheckpointError(f"no checkpoint at {weights}: expected a folder with spec.json") from error
@@ -69,24 +82,44 @@ def checkpoint_spec(weights: str, storage: Mapping[str, Any]) -> CheckpointSpec 
     return spec
 
 
-def load_weights(module: nn.Module, weights: str, storage: Mapping[str, Any]) -> None:
-    """Load `weights` into `module`, strictly.
+def load_weights(module: nn.Module, weights: str, storage: Mapping[str, Any], adapt: Adapt = as_named) -> str:
+    """Load `weights` into `module`, strictly. adapt: the model's way to its own names (ModelSpec).
 
-    Raises CheckpointError where the weights are missing, need more than tensors to be read, or differ from the module
-    in names or shapes (all differences are listed); StorageError where storage fails.
+    Returns their address, with the commit that was read where they come from a repository. Raises CheckpointError where
+    the weights are missing, need more than tensors to be read, or differ from the module in names or shapes (all
+    differences are listed); StorageError where storage fails.
     """
-    if weights != "none":
-        _load_strictly(module, read_weights(weights, storage), weights)
+    if weights == "none":
+        return weights
+    state, address = _read(weights, storage)
+    _load_strictly(module, adapt(state, module.state_dict().keys()), weights)
+    return address
 
 
 def read_weights(weights: str, storage: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors that `weights` names (not `none`). Raises CheckpointError, StorageError."""
-    folder = _folder(weights)
-    if folder is not None:
-        return _read_file(join(folder, "model.safetensors"), storage)
-    if weights.startswith("torchvision:"):
-        return _torchvision(weights.removeprefix("torchvision:"))
-    return _read_file(weights, storage)
+    return _read(weights, storage)[0]
+
+
+def _read(weights: str, storage: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
+    address, sha256 = unpinned(weights)
+    if is_hub(address):
+        return _hub(address, sha256)
+    if address.startswith("torchvision:"):
+        return _torchvision(address.removeprefix("torchvision:")), weights
+    folder = _folder(address)
+    return _read_file(address if folder is None else join(folder, "model.safetensors"), storage, sha256), weights
+
+
+def _hub(weights: str, sha256: str) -> tuple[dict[str, Tensor], str]:
+    found = hub_files(weights)
+    if sha256 and len(found.paths) > 1:
+        raise CheckpointError(f"{weights} comes in {len(found.paths)} files, a sha256 is of one; give @COMMIT instead")
+    state: dict[str, Tensor] = {}
+    for path in found.paths:
+        check_sha256(path, sha256, weights)
+        state |= _parse(path, path)
+    return state, found.address
 
 
 def _torchvision(enum: str) -> dict[str, Tensor]:
@@ -96,6 +129,9 @@ def _torchvision(enum: str) -> dict[str, Tensor]:
         chosen = get_weight(enum)
     except (ValueError, AttributeError, KeyError) as error:
         raise CheckpointError(f"torchvision has no weights {enum!r}: {error}") from error
+    place = Path(torch.hub.get_dir()) / "checkpoints" / chosen.url.rpartition("/")[2]
+    if offline() and not place.is_file():
+        raise no_network(f"{enum} ({chosen.url})", place, f"{OFFLINE[0]} or {OFFLINE[1]} is set")
     try:
         state = chosen.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location="cpu")
     except Exception as error:  # URLError, a connection cut, a wrong hash, a damaged file in the cache
@@ -109,24 +145,18 @@ def _torchvision(enum: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if not name.startswith("aux_classifier.")}
 
 
-def _read_file(uri: str, storage: Mapping[str, Any]) -> dict[str, Tensor]:
-    fs, path = open_fs(uri, storage)
-    with tempfile.TemporaryDirectory() as folder, storage_errors(uri):
-        try:
-            size = int(fs.info(path)["size"])
-        except FileNotFoundError as error:
+def _read_file(uri: str, storage: Mapping[str, Any], sha256: str) -> dict[str, Tensor]:
+    try:
+        with local_file(uri, storage, max_bytes=MAX_WEIGHTS_BYTES, sha256=sha256) as path, storage_errors(uri):
+            return _parse(path, _name(uri))
+    except StorageError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
             raise CheckpointError(f"no weights at {uri}") from error
-        if size > MAX_WEIGHTS_BYTES:
-            raise CheckpointError(f"{uri} has {size} bytes, expected at most {MAX_WEIGHTS_BYTES}")
-        local = path
-        if "file" not in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
-            local = str(Path(folder) / "weights")
-            fs.get_file(path, local)
-        return _parse(local, uri)
+        raise
 
 
 def _parse(path: str, uri: str) -> dict[str, Tensor]:
-    if uri.endswith((".pt", ".pth")):
+    if uri.endswith(TORCH_SUFFIXES):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:

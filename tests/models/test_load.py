@@ -9,15 +9,21 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from torch import nn
 
 from pipeline.config import ModelConfig
 from pipeline.errors import CheckpointError, ConfigError, MaskmillError, UnknownModelError
 from pipeline.models.load import LoadedModel, check_models, load_model
 from pipeline.models.registry import MODELS
+from pipeline.models.spec import Prediction
+from pipeline.stages.predict import Predict
+from pipeline.stages.prepare import prepare
+from pipeline.taxonomy import build_taxonomy, load_taxonomy
 
 BUNDLED = Path(str(resources.files("pipeline"))) / "checkpoints" / "unet_small_scenes"
 
@@ -174,7 +180,8 @@ def test_options_of_a_checkpoint_are_used_and_may_be_overridden(tmp_path: Path) 
         ({"model": 5}, "expected an object with a field model", CheckpointError),
         ({"options": [1]}, "options must be a dict, got [1]", CheckpointError),
         ({"preprocess": "x"}, "preprocess must be a dict, got 'x'", CheckpointError),
-        ({"taxonomy": 5}, "taxonomy must be a str, got 5", CheckpointError),
+        ({"taxonomy": 5}, "taxonomy must be a str or dict, got 5", CheckpointError),
+        ({"taxonomy": None}, "taxonomy must be a str or dict, got None", CheckpointError),
         ({"taxonomy": "scene"}, "unknown taxonomy 'scene'; did you mean scenes?", ConfigError),
         ({"options": {"wdith": 8}}, "unknown option 'wdith'", ConfigError),
     ],
@@ -183,6 +190,142 @@ def test_checkpoint_specs_that_are_wrong(
     changes: dict[str, Any], part: str, kind: type[MaskmillError], tmp_path: Path
 ) -> None:
     assert part in refused(kind, name=None, weights=checkpoint(tmp_path, **changes))
+
+
+def deep(levels: int) -> Any:
+    return [deep(levels - 1)] if levels else []
+
+
+# Eight classes, as the bundled weights have, under other ids and names, and a void of the data set's own.
+OWN: dict[str, Any] = {
+    "name": "own",
+    "source": "a test",
+    "void_ids": [99],
+    "categories": [
+        {
+            "id": 3 * at + 1,
+            "name": f"class {at}",
+            "kind": "thing" if at % 2 else "stuff",
+            "color": [at, 5 * at, 255 - at],
+        }
+        for at in range(8)
+    ],
+}
+
+
+def labels(model: LoadedModel) -> Any:
+    """What a picture of noise is labelled as."""
+    image_HWC = torch.randint(0, 256, (40, 56, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    predict = Predict(model, device=torch.device("cpu"), batch_pixels=2**20, tile_pixels=2**20)
+    (found,) = predict([prepare(image_HWC.numpy(), model.preprocess)])
+    assert isinstance(found, Prediction)
+    return found.label_HW
+
+
+def test_a_checkpoint_carries_its_label_space(tmp_path: Path) -> None:
+    """With the taxonomy in spec.json it is the model that the YAML file made it, wherever that file is not."""
+    torch.set_num_threads(1)
+    given = build_taxonomy(OWN, "here")
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(OWN))
+    before = load(weights="bundled:unet_small_scenes", taxonomy=str(path))
+    expected_HW = labels(before)
+    path.unlink()
+    model = load(name=None, weights=checkpoint(tmp_path, taxonomy=given.describe()))
+    assert model.taxonomy == given == before.taxonomy
+    assert model.version == before.version
+    found_HW = labels(model)
+    np.testing.assert_array_equal(found_HW, expected_HW)
+    assert len(np.unique(found_HW)) > 1
+    assert set(np.unique(found_HW).tolist()) <= set(given.ids)
+
+
+@pytest.mark.parametrize("name", ["scenes", "camvid11"])
+def test_a_bundled_label_space_is_the_same_by_name_and_by_content(name: str, tmp_path: Path) -> None:
+    """The name stays inside; with eight classes the weights fit as well."""
+    taxonomy = load_taxonomy(name)
+    content = {**taxonomy.describe(), "categories": taxonomy.describe()["categories"][:8]}
+    model = load(weights=checkpoint(tmp_path, taxonomy=content))
+    assert model.taxonomy.name == name
+    assert model.taxonomy.categories == taxonomy.categories[:8]
+    assert model.taxonomy.void_ids == taxonomy.void_ids
+    if name == "scenes":
+        assert model.taxonomy == taxonomy
+        assert model.version == load(weights="bundled:unet_small_scenes").version
+
+
+def test_the_configs_label_space_wins_over_the_checkpoints(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, taxonomy=OWN)
+    model = load(weights=folder, taxonomy="scenes")
+    assert model.taxonomy == load_taxonomy("scenes")
+    assert model.version == load(weights="bundled:unet_small_scenes").version != load(weights=folder).version
+    # What is not asked for cannot be in the way.
+    spec = json.loads((Path(folder) / "spec.json").read_text())
+    (Path(folder) / "spec.json").write_text(json.dumps({**spec, "taxonomy": {"name": "broken"}}))
+    assert load(weights=folder, taxonomy="scenes").version == model.version
+
+
+def test_a_checkpoint_may_still_name_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(OWN))
+    assert load(weights=checkpoint(tmp_path, taxonomy=str(path))).taxonomy == build_taxonomy(OWN, "here")
+
+
+FIRST = OWN["categories"][0]
+
+
+def changed(**fields: Any) -> dict[str, Any]:
+    """The taxonomy with its first category changed."""
+    return {**OWN, "categories": [{**FIRST, **fields}, *OWN["categories"][1:]]}
+
+
+def without(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in tree.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("taxonomy", "part"),
+    [
+        ({}, "holds no taxonomy: KeyError: 'categories'"),
+        (without(OWN, "name"), "holds no taxonomy: KeyError: 'name'"),
+        ({**OWN, "name": None}, "expected a name, got a NoneType"),
+        ({**OWN, "categories": "abc"}, "holds no taxonomy: TypeError"),
+        ({**OWN, "categories": {"a": 1}}, "holds no taxonomy: TypeError"),
+        ({**OWN, "categories": []}, "ids must be unique, 0 to 65534, at least one; got []"),
+        ({**OWN, "categories": [FIRST, FIRST]}, "ids must be unique, 0 to 65534, at least one; got [1, 1]"),
+        ({**OWN, "categories": [without(FIRST, "color")]}, "holds no taxonomy: KeyError: 'color'"),
+        (changed(id=1.5), "expected a whole number, got 1.5"),
+        (changed(id="1"), "expected a whole number, got '1'"),
+        (changed(id=-1), "ids must be unique, 0 to 65534, at least one; got [-1"),
+        (changed(id=65535), "ids must be unique, 0 to 65534"),
+        (changed(id=float("inf")), "holds no taxonomy: OverflowError"),
+        (changed(id=10**4000), "ids must be unique"),
+        (changed(name=["a"]), "expected a name, got a list"),
+        (changed(name=deep(500)), "expected a name, got a list"),
+        (changed(kind="things"), "category 1: kind must be thing or stuff"),
+        (changed(color=[0, 0, 256]), "category 1: kind must be thing or stuff, color three bytes"),
+        (changed(color="#ff0000"), "holds no taxonomy: ValueError"),
+        ({**OWN, "void_ids": [4]}, "void_ids must be 0 to 65535 and no category's, got [4]"),
+        ({**OWN, "void_ids": 5}, "holds no taxonomy: TypeError"),
+    ],
+)
+def test_a_label_space_that_is_none_is_refused(taxonomy: dict[str, Any], part: str, tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, taxonomy=taxonomy)
+    said = refused(CheckpointError, name=None, weights=folder)
+    assert said.startswith(f"{folder}/spec.json (taxonomy)")
+    assert part in said
+    assert len(said) <= 500
+
+
+def test_a_label_space_of_another_size_does_not_fit(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, taxonomy={**OWN, "categories": OWN["categories"][:5]})
+    assert "head.weight is (8, 16, 1, 1), the model has (5, 16, 1, 1)" in refused(CheckpointError, weights=folder)
+
+
+def test_a_spec_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    many = [{**FIRST, "name": "x" * 10_000_000}]
+    folder = checkpoint(tmp_path, taxonomy={**OWN, "categories": many})
+    assert "bytes, expected at most 10000000" in refused(CheckpointError, weights=folder)
 
 
 def test_a_checkpoint_of_another_model() -> None:
@@ -204,7 +347,7 @@ def test_weights_that_are_missing(tmp_path: Path) -> None:
     for weights in (tmp_path / "half", tmp_path / "none.safetensors", tmp_path / "none.pt"):
         assert "no weights at" in refused(CheckpointError, weights=str(weights))
     assert "bundled: unet_small_scenes" in refused(CheckpointError, weights="bundled:unet")
-    assert "'hf' is not a kind of weights; expected none, bundled:NAME" in refused(CheckpointError, weights="hf:a/b")
+    assert "'hub' is not a kind of weights; expected none, bundled:NAME" in refused(CheckpointError, weights="hub:a/b")
     assert "do not name their model" in refused(ConfigError, name=None, weights=str(tmp_path / "none.pt"))
 
 

@@ -8,7 +8,8 @@ from pipeline.masks import decode_rle
 from pipeline.models.load import load_model
 from pipeline.sources.scenes import render_scene
 from pipeline.stages.encode import encode_instances
-from pipeline.stages.predict import Predict, prepare
+from pipeline.stages.predict import Predict
+from pipeline.stages.prepare import prepare
 
 
 def test_the_rows_are_what_torchvision_says() -> None:

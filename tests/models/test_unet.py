@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.models.unet import UNetSmall
+from pipeline.models.zoo.unet import UNetSmall
 from pipeline.sources.scenes import GENERATOR_VERSION, render_scene
 from pipeline.taxonomy import load_taxonomy
 

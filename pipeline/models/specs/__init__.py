@@ -1,0 +1,1 @@
+"""The registry's entries, a literal table for each family of models."""

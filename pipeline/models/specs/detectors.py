@@ -1,0 +1,132 @@
+"""Detectors in one stage, and with queries."""
+
+from pipeline.models.adapt import backbone
+from pipeline.models.spec import ModelSpec, Preprocess
+from pipeline.models.zoo import hf_detection, torchvision_onestage, yolo_v1
+from pipeline.models.zoo.detections import known_objects, placed_objects
+
+__all__ = ["SPECS"]
+
+DETECTION_800 = Preprocess(resize=800, max_size=1333, pad_multiple=32, antialias=False)
+# These stretch every image to one size themselves: the short side is brought there, the rest follows on the device. The
+# bound on the long side is ours, so that a strip cannot become a gigapixel.
+RAW_640 = Preprocess(resize=640, max_size=2560, pad_multiple=32, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+SPECS = (
+    ModelSpec(
+        name="retinanet_resnet50_fpn_v2",
+        task="detection",
+        build=torchvision_onestage.build_retinanet_v2,
+        adapt=backbone("backbone.body."),
+        forward=torchvision_onestage.detect_once,
+        postprocess=known_objects,
+        losses=torchvision_onestage.retinanet_losses,
+        loss_factors=torchvision_onestage.RETINANET_LOSSES,
+        background=True,
+        preprocess=DETECTION_800,
+        taxonomy="coco80",
+        # COCO's 80 classes keep the ids of the original 90; 0 is nobody's.
+        num_classes=lambda taxonomy: max(taxonomy.ids) + 1,
+        license="BSD-3-Clause",
+        paper="Lin et al. 2017, arXiv:1708.02002; Zhang et al. 2020, arXiv:1912.02424",
+        weights=("torchvision:RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1",),
+    ),
+    ModelSpec(
+        name="fcos_resnet50_fpn",
+        task="detection",
+        build=torchvision_onestage.build_fcos,
+        adapt=torchvision_onestage.adapt_fcos,
+        forward=torchvision_onestage.detect_once,
+        postprocess=known_objects,
+        losses=torchvision_onestage.fcos_losses,
+        loss_factors=torchvision_onestage.FCOS_LOSSES,
+        background=True,
+        preprocess=DETECTION_800,
+        taxonomy="coco80",
+        num_classes=lambda taxonomy: max(taxonomy.ids) + 1,
+        license="BSD-3-Clause",
+        paper="Tian et al. 2019, arXiv:1904.01355",
+        weights=("torchvision:FCOS_ResNet50_FPN_Weights.COCO_V1",),
+    ),
+    ModelSpec(
+        name="yolo_v1",
+        task="detection",
+        build=yolo_v1.YoloV1,
+        adapt=backbone("backbone."),
+        forward=yolo_v1.detect_yolo,
+        postprocess=placed_objects,
+        losses=yolo_v1.yolo_losses,
+        loss_factors=yolo_v1.YOLO_LOSSES,
+        preprocess=Preprocess(resize=448, max_size=1792, pad_multiple=32),
+        taxonomy="coco80",
+        license="Apache-2.0",
+        paper="Redmon et al. 2016, arXiv:1506.02640",
+    ),
+    ModelSpec(
+        name="rtdetr",
+        task="detection",
+        build=hf_detection.build_rtdetr,
+        adapt=hf_detection.adapt_rtdetr,
+        forward=hf_detection.detect_queries,
+        postprocess=placed_objects,
+        losses=hf_detection.query_losses(hf_detection.RTDETR_LOSSES),
+        loss_factors=hf_detection.RTDETR_LOSSES,
+        preprocess=RAW_640,
+        taxonomy="coco80",
+        license="Apache-2.0",
+        paper="Zhao et al. 2024, arXiv:2304.08069",
+        weights=("hf:PekingU/rtdetr_r50vd",),
+        extra=hf_detection.EXTRA,
+    ),
+    ModelSpec(
+        name="rtdetr_v2",
+        task="detection",
+        build=hf_detection.build_rtdetr_v2,
+        adapt=hf_detection.adapt_rtdetr,
+        forward=hf_detection.detect_queries,
+        postprocess=placed_objects,
+        losses=hf_detection.query_losses(hf_detection.RTDETR_LOSSES),
+        loss_factors=hf_detection.RTDETR_LOSSES,
+        preprocess=RAW_640,
+        taxonomy="coco80",
+        license="Apache-2.0",
+        paper="Lv et al. 2024, arXiv:2407.17140",
+        weights=("hf:PekingU/rtdetr_v2_r50vd",),
+        extra=hf_detection.EXTRA,
+    ),
+    ModelSpec(
+        name="dfine",
+        task="detection",
+        build=hf_detection.build_dfine,
+        adapt=hf_detection.adapt_dfine,
+        forward=hf_detection.detect_queries,
+        postprocess=placed_objects,
+        losses=hf_detection.query_losses(hf_detection.DFINE_LOSSES),
+        loss_factors=hf_detection.DFINE_LOSSES,
+        preprocess=RAW_640,
+        taxonomy="coco80",
+        license="Apache-2.0",
+        paper="Peng et al. 2024, arXiv:2410.13842",
+        weights=("hf:ustc-community/dfine-medium-coco",),
+        extra=hf_detection.EXTRA,
+    ),
+    ModelSpec(
+        name="rfdetr_seg",
+        task="instance",
+        build=hf_detection.build_rfdetr_seg,
+        adapt=hf_detection.adapt_rfdetr,
+        forward=hf_detection.segment_queries,
+        postprocess=hf_detection.segmented_objects,
+        losses=hf_detection.query_losses(hf_detection.RFDETR_LOSSES, masks=True),
+        loss_factors=hf_detection.RFDETR_LOSSES,
+        # The published heads have 91 outputs: COCO's ids, with 0 unused.
+        background=True,
+        num_classes=lambda taxonomy: max(taxonomy.ids) + 1,
+        preprocess=Preprocess(resize=384, max_size=1536, pad_multiple=24),
+        taxonomy="coco80",
+        license="Apache-2.0",
+        paper="Robinson et al. 2025, arXiv:2511.09554",
+        weights=("hf:Roboflow/rf-detr-seg-small",),
+        extra=hf_detection.EXTRA,
+    ),
+)

@@ -1,0 +1,1 @@
+"""Architectures: one file each, from a library or from its paper."""
