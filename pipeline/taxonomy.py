@@ -112,11 +112,11 @@ def build_taxonomy(tree: Any, where: str) -> Taxonomy:
     """Build a taxonomy from the plain values that `Taxonomy.describe` gives. Raises ConfigError."""
     try:
         categories = tuple(
-            Category(int(item["id"]), str(item["name"]), item["kind"], tuple(int(c) for c in item["color"]))  # type: ignore[arg-type]
+            Category(_whole(item["id"]), _text(item["name"]), item["kind"], tuple(map(_whole, item["color"])))  # type: ignore[arg-type]
             for item in tree["categories"]
         )
-        void_ids = tuple(int(value) for value in tree.get("void_ids", ()))
-        taxonomy = Taxonomy(str(tree["name"]), str(tree["source"]), categories, void_ids)
+        void_ids = tuple(map(_whole, tree.get("void_ids", ())))
+        taxonomy = Taxonomy(_text(tree["name"]), _text(tree["source"]), categories, void_ids)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{where} holds no taxonomy: {type(error).__name__}: {error}") from error
     ids = taxonomy.ids
@@ -132,3 +132,18 @@ def build_taxonomy(tree: Any, where: str) -> Taxonomy:
         ):
             raise ConfigError(f"{where}: category {category.id}: kind must be thing or stuff, color three bytes")
     return taxonomy
+
+
+def _whole(value: Any) -> int:
+    """The number itself, not what it is rounded to: 3.7 or "3" is a mistake somewhere."""
+    number = int(value)
+    if number != value:
+        raise ValueError(f"expected a whole number, got {value!r:.80}")
+    return number
+
+
+def _text(value: Any) -> str:
+    """YAML reads an unquoted name such as 7 as a number."""
+    if not isinstance(value, str | int | float):
+        raise TypeError(f"expected a name, got a {type(value).__name__}")
+    return str(value)

@@ -7,13 +7,16 @@ from dataclasses import dataclass, field
 
 from pipeline.errors import PredictError, RowError
 from pipeline.images import decode_image
-from pipeline.models.spec import Preprocess
+from pipeline.models.spec import Preprocess, Prompts
+from pipeline.prompts import read_prompts
 from pipeline.sources.base import Sample, Source, Unit, UnitEnd, read_unit
-from pipeline.stages.predict import Prepared, prepare
+from pipeline.stages.prepare import Prepared, prepare
 from pipeline.stages.stream import map_ordered, read_ahead
 
 __all__ = ["Decoded", "Decoder"]
 
+# The kind under which a sample carries them, beside its targets.
+PROMPTS = "prompts"
 READ_AHEAD_SAMPLES = 64
 READ_AHEAD_BYTES = 128_000_000
 DECODED_BYTES = 512_000_000
@@ -59,11 +62,14 @@ class Decoder:
         pool: Executor,
         threads: int,
         targets: bool = False,
+        prompts: Sequence[bool] = (),
     ) -> None:
-        """targets: whether they go along with the images."""
+        """targets: whether they go along with the images. prompts: which of the models, in the order of `preprocesses`,
+        want the samples' prompts in their frames; none of them by default."""
         self.source = source
         self.targets = targets
         self.preprocesses = tuple(preprocesses)
+        self.prompts = tuple(prompts) or (False,) * len(self.preprocesses)
         self.max_pixels = max_pixels
         self._pool = pool
         self._threads = threads
@@ -95,13 +101,14 @@ class Decoder:
         started = time.perf_counter()
         try:
             image_HWC = decode_image(sample.image, max_pixels=self.max_pixels)
+            prompts = self._prompts(sample, done)
         except RowError as error:
             return _failed(sample, error, "decode", read_s)
         decoded = time.perf_counter()
         try:
             prepared = tuple(
-                None if sample.position in rows else prepare(image_HWC, preprocess)
-                for rows, preprocess in zip(done, self.preprocesses, strict=True)
+                None if sample.position in rows else prepare(image_HWC, preprocess, prompts if wanted else None)
+                for rows, preprocess, wanted in zip(done, self.preprocesses, self.prompts, strict=True)
             )
         except (RuntimeError, MemoryError, ValueError) as error:  # what resizing raises where a strip becomes a plane
             size = f"{image_HWC.shape[1]}x{image_HWC.shape[0]}"
@@ -117,9 +124,15 @@ class Decoder:
             read_s=read_s,
             decode_s=decoded - started,
             prepare_s=time.perf_counter() - decoded,
-            targets=sample.targets if self.targets else {},
+            targets={kind: data for kind, data in sample.targets.items() if self.targets and kind != PROMPTS},
             fields=sample.fields,
         )
+
+    def _prompts(self, sample: Sample, done: Sequence[Container[int]]) -> Prompts | None:
+        """The sample's prompts where it has some and a model that still lacks its row wants them. Raises
+        TargetMismatchError."""
+        asked = any(wanted and sample.position not in rows for rows, wanted in zip(done, self.prompts, strict=True))
+        return read_prompts(sample.targets[PROMPTS]) if asked and PROMPTS in sample.targets else None
 
 
 def _timed(items: Iterator[Sample | UnitEnd]) -> Iterator[tuple[Sample | UnitEnd, float]]:

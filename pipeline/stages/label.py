@@ -18,7 +18,6 @@ import torch
 from pipeline.errors import ConfigError, PredictTimeoutError, RowError
 from pipeline.models.load import load_model
 from pipeline.models.spec import Prediction
-from pipeline.predictions.base import Predicted
 from pipeline.predictions.stored import stored
 from pipeline.schema import FAILED, OK
 from pipeline.sources.base import UnitEnd
@@ -27,7 +26,8 @@ from pipeline.stages.batching import PixelBatcher
 from pipeline.stages.decode import Decoded, Decoder
 from pipeline.stages.device import Device, Job
 from pipeline.stages.encode import encode
-from pipeline.stages.predict import Predict, Prepared, choose_device, default_batch_pixels
+from pipeline.stages.predict import Predict, choose_device, default_batch_pixels
+from pipeline.stages.prepare import Prepared
 from pipeline.stages.score import Scorer, score_key, unscored
 from pipeline.stages.stream import Members
 from pipeline.stages.work import STAGES, LabelPlan, Window, WorkItem
@@ -101,6 +101,7 @@ class Labeller:
             pool=self._pool,
             threads=threads,
             targets=any(plan.scorers),
+            prompts=[model.spec.prompts for model in self.models],
         )
 
     def label(self, item: WorkItem) -> Iterator[Window]:
@@ -190,15 +191,18 @@ class Labeller:
         opened.spent("encode", encoded - started)
         scorer = self.plan.scorers[member.model]
         if scorer is not None and row["status"] == OK and decoded.targets:
-            row["score"] = self._score(scorer, decoded, stored(row, label_HW=prediction.label_HW))
+            row["score"] = self._score(scorer, member, row, prediction)
             opened.spent("score", time.perf_counter() - encoded)
         _resolve(member.future, row)
 
-    def _score(self, scorer: Scorer, decoded: Decoded, predicted: Predicted) -> dict[str, Any] | None:
+    def _score(
+        self, scorer: Scorer, member: "_Member", row: dict[str, Any], prediction: Prediction
+    ) -> dict[str, Any] | None:
         """The row's score. Whatever is wrong with a target, the prediction is none the worse for it."""
+        decoded = member.decoded
         try:
             return scorer.score(
-                predicted,
+                stored(row, self.models[member.model].spec.task, label_HW=prediction.label_HW),
                 decoded.targets,
                 key=score_key(decoded.image_id, decoded.fields),
                 width=decoded.width,

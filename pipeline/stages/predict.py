@@ -1,45 +1,28 @@
-"""Prepare images and run one model on batches of them: budget, out-of-memory retries, tiles, and errors by row."""
+"""Run one model on batches of prepared images: budget, out-of-memory retries, tiles, and errors by row."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchvision.transforms.v2 import functional as transforms
 
 from pipeline.errors import ConfigError, ImageTooLargeError, PredictError, RowError, RunError
 from pipeline.models.load import LoadedModel
-from pipeline.models.postprocess import FROM_DENSE, dense_output
-from pipeline.models.spec import Frame, Prediction, Preprocess, Quality
+from pipeline.models.postprocess import FROM_DENSE, dense_output, semantic_from_index, semantic_from_logits
+from pipeline.models.spec import Frame, Prediction, Prompts, Quality
+from pipeline.stages.augmented import augmented
+from pipeline.stages.prepare import Prepared, prepare
+from pipeline.stages.refine import refine
 from pipeline.stages.tiling import blend_bands, plan_tiles
 
-__all__ = ["Predict", "Prepared", "choose_device", "prepare"]
+__all__ = ["Predict", "choose_device", "default_batch_pixels"]
 
 MIN_TILE_PIXELS = 65_536
 CPU_BATCH_PIXELS = 1_000_000
 CUDA_PIXELS_PER_GIB = 500_000
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """One image as one model wants it: image_CHW uint8, resized but not yet padded or normalised."""
-
-    image_CHW: Tensor
-    frame: Frame
-    padded: tuple[int, int]
-
-
-def prepare(image_HWC: npt.NDArray[np.uint8], preprocess: Preprocess) -> Prepared:
-    """Resize on the CPU, in 8 bits; what is left (normalise, pad) happens on the device, on a quarter of the bytes."""
-    height, width = image_HWC.shape[:2]
-    target = preprocess.size(height, width)
-    image_CHW = torch.from_numpy(np.require(image_HWC, requirements=["C", "W"])).permute(2, 0, 1)
-    if target != (height, width):
-        image_CHW = transforms.resize_image(image_CHW, list(target), antialias=preprocess.antialias)
-    return Prepared(image_CHW, Frame(height, width, *target), preprocess.padded(*target))
+# For models that only look where they are told to.
+SOMEWHERE = Prompts(boxes=((8.0, 8.0, 56.0, 56.0),))
 
 
 def choose_device() -> torch.device:
@@ -66,13 +49,17 @@ class Predict:
         self._module = model.module.to(device, memory_format=self._memory_format)  # type: ignore[call-overload]
         if model.compile:
             self._module = torch.compile(self._module)
+        # Pixels of the largest view of an image, in its own; windows keep views small.
+        views = model.tta is not None and model.tta.window is None
+        self._largest_view = max(1.0, *model.tta.scales) ** 2 if model.tta is not None and views else 1.0
         self._mean_C11 = torch.tensor(model.preprocess.mean, device=device).view(3, 1, 1) * 255
         self._std_C11 = torch.tensor(model.preprocess.std, device=device).view(3, 1, 1) * 255
 
     def check(self) -> None:
         """One forward pass on a gray 64x64 image. Raises ConfigError where the output is not what the task needs."""
         try:
-            self._forward([prepare(np.full((64, 64, 3), 127, np.uint8), self.model.preprocess)])
+            image_HWC = np.full((64, 64, 3), 127, np.uint8)
+            self._forward([prepare(image_HWC, self.model.preprocess, SOMEWHERE)])
         except ConfigError:
             raise
         except Exception as error:
@@ -84,7 +71,7 @@ class Predict:
     def __call__(self, batch: Sequence[Prepared]) -> list[Prediction | RowError]:
         """Predict a batch of one padded shape: a Prediction or the row's error for each image, in order."""
         try:
-            if len(batch) == 1 and self.model.spec.dense and _pixels(batch[0]) > self.tile_pixels:
+            if len(batch) == 1 and self.model.spec.dense and self._view_pixels(batch[0]) > self.tile_pixels:
                 return [self._tiled(batch[0])]
             return [_checked(prediction) for prediction in self._forward(batch)]
         except RunError:
@@ -106,22 +93,79 @@ class Predict:
             self.batch_pixels = max(1, min(self.batch_pixels, sum(map(_pixels, batch)) // 2))
             middle = len(batch) // 2
             return self(batch[:middle]) + self(batch[middle:])
-        pixels = min(_pixels(batch[0]), self.tile_pixels)
+        pixels = min(self._view_pixels(batch[0]), self.tile_pixels)
         if not self.model.spec.dense or pixels <= MIN_TILE_PIXELS:
             size = "x".join(map(str, reversed(batch[0].padded)))
             return [ImageTooLargeError(f"out of memory on {self.device} for one input of {size} pixels")]
         self.tile_pixels = max(MIN_TILE_PIXELS, pixels // 2)
         return self(batch)
 
+    def _view_pixels(self, item: Prepared) -> int:
+        return int(_pixels(item) * self._largest_view)
+
     def _forward(self, batch: Sequence[Prepared]) -> list[Prediction]:
-        frames = [item.frame for item in batch]
+        with torch.inference_mode():
+            if self.model.refine or self.model.tta is not None:
+                return [
+                    self._prediction(values_KHW, item)
+                    for values_KHW, item in zip(self._values(batch), batch, strict=True)
+                ]
+            output = self._run(batch)
+            if self.model.spec.task == "semantic":
+                self._check_classes(dense_output(output))
+            if self.model.spec.dense:
+                output = self._at_input_size(output, batch[0].padded)
+            return self.model.postprocess(output, [item.frame for item in batch], self.model.context)
+
+    def _values(self, batch: Sequence[Prepared]) -> list[Tensor]:
+        """What the model says of each image, over all views: values_KHW float32 at the prepared size, of a model with
+        a postprocess of its own at the decoded size."""
+        model = self.model
+        run = self._maps if model.spec.dense else self._decoded_depths
+        if model.tta is None:
+            return run(batch)
+        return augmented(
+            batch,
+            run,
+            model.tta,
+            preprocess=model.preprocess,
+            task=model.spec.task,
+            depth_kind=model.context.depth_kind,
+            decoded=not model.spec.dense,
+        )
+
+    def _maps(self, batch: Sequence[Prepared]) -> list[Tensor]:
         output = self._run(batch)
         if self.model.spec.task == "semantic":
             self._check_classes(dense_output(output))
-        with torch.inference_mode():
-            if self.model.spec.dense:
-                output = self._at_input_size(output, batch[0].padded)
-            return self.model.postprocess(output, frames, self.model.context)
+        return [
+            values_KHW[:, : item.frame.prepared_height, : item.frame.prepared_width].float()
+            for values_KHW, item in zip(self._at_input_size(output, batch[0].padded), batch, strict=True)
+        ]
+
+    def _decoded_depths(self, batch: Sequence[Prepared]) -> list[Tensor]:
+        found = self.model.postprocess(self._run(batch), [item.frame for item in batch], self.model.context)
+        return [torch.from_numpy(prediction.depth_HW)[None] for prediction in found if prediction.depth_HW is not None]
+
+    def _prediction(self, values_KHW: Tensor, item: Prepared) -> Prediction:
+        """Values at the prepared size, refined where the config says so, as a prediction at the decoded size."""
+        if not self.model.refine:
+            return FROM_DENSE[self.model.spec.task](values_KHW, item.frame, self.model.context)
+        logits_KHW, index_HW = self._refined(values_KHW, item)
+        if index_HW is None:
+            return semantic_from_logits(logits_KHW, item.frame, self.model.context)
+        return semantic_from_index(index_HW, logits_KHW, item.frame, self.model.context)
+
+    def _refined(self, logits_KHW: Tensor, item: Prepared) -> tuple[Tensor, Tensor | None]:
+        """On the model's device, or where its memory is too small on the CPU. Smaller batches or tiles help no more."""
+        height, width = item.image_CHW.shape[1:]
+        for device in dict.fromkeys((self.device, torch.device("cpu"))):
+            try:
+                return refine(logits_KHW.to(device), item.image_CHW, self.model.refine)
+            except Exception as error:
+                if not _is_out_of_memory(error):
+                    raise
+        raise ImageTooLargeError(f"out of memory refining an image of {width}x{height} pixels")
 
     def _check_classes(self, logits_BKHW: Tensor) -> None:
         expected, got = len(self.model.taxonomy.ids), logits_BKHW.shape[1]
@@ -156,20 +200,27 @@ class Predict:
                 return self.model.spec.forward(self._module, values, [item.frame for item in batch])
 
     def _tiled(self, item: Prepared) -> Prediction | RowError:
-        """Blend tiles at the prepared size; labels reach the decoded size by the nearest pixel, depth bilinearly."""
+        """Blend tiles at the prepared size; labels reach the decoded size by the nearest pixel, depth bilinearly.
+
+        Views are views of a tile. Refining works on the blended whole, whose logits are then in the CPU's memory at
+        once (4 bytes for each class and pixel).
+        """
         frame, task = item.frame, self.model.spec.task
         height, width = frame.prepared_height, frame.prepared_width
         multiple = self.model.preprocess.pad_multiple
-        plan = plan_tiles(height, width, tile_pixels=self.tile_pixels, multiple=multiple)
+        tile_pixels = int(self.tile_pixels / self._largest_view)
+        plan = plan_tiles(height, width, tile_pixels=tile_pixels, multiple=multiple)
         padded = self.model.preprocess.padded(plan.height, plan.width)
 
         def tile(row: int, column: int) -> Tensor:
             cut_CHW = item.image_CHW[:, row : row + plan.height, column : column + plan.width]
             part = Prepared(cut_CHW, Frame(plan.height, plan.width, plan.height, plan.width), padded)
-            values_KHW = self._at_input_size(self._run([part]), padded)[0].float()
-            return values_KHW[:, : plan.height, : plan.width]
+            return self._values([part])[0]
 
         with torch.inference_mode():
+            if self.model.refine:
+                logits_KHW = torch.cat([band_KhW.cpu() for band_KhW in blend_bands(plan, width, tile)], 1)
+                return _checked(self._prediction(logits_KHW, item))
             bands = list(self._band_predictions(blend_bands(plan, width, tile), width))
         if task == "depth":
             whole = np.concatenate([band.depth_HW for band in bands if band.depth_HW is not None])

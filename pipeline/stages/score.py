@@ -16,6 +16,7 @@ from pipeline.metrics.detection import Detection
 from pipeline.metrics.detection_match import Objects
 from pipeline.metrics.panoptic import VOID, PanopticState, Segments
 from pipeline.predictions.base import Predicted
+from pipeline.segments import with_categories
 from pipeline.targets import read_depth, read_instances, read_label_map, read_panoptic, read_segments
 from pipeline.taxonomy import Taxonomy
 from pipeline.taxonomy_mapping import TaxonomyMapping, map_taxonomy
@@ -72,20 +73,18 @@ class Scorer:
     def _states(
         self, predicted: Predicted, targets: Mapping[str, bytes], key: str | int, width: int, height: int
     ) -> dict[str, Any]:
+        states: dict[str, Any] = {}
         if predicted.label_HW is not None:
             target_HW = self.semantic_target(targets)
-            return {} if target_HW is None else self._semantic(predicted.label_HW, target_HW)
-        if predicted.segment_HW is not None:
-            return self._panoptic(predicted, targets) if {"panoptic", "segments"} <= targets.keys() else {}
-        if predicted.objects is not None:
-            return (
-                self._objects(predicted.objects, targets["instances"], key, width, height)
-                if "instances" in targets
-                else {}
-            )
+            if target_HW is not None:
+                states |= self._semantic(predicted.label_HW, target_HW)
+        if predicted.segment_HW is not None and {"panoptic", "segments"} <= targets.keys():
+            states |= self._panoptic(predicted, targets)
+        if predicted.objects is not None and "instances" in targets:
+            states |= self._objects(predicted.objects, targets["instances"], key, width, height)
         if predicted.depth_HW is not None and "depth" in targets:
-            return self._depth(predicted, targets["depth"])
-        return {}
+            states |= self._depth(predicted, targets["depth"])
+        return states
 
     def semantic_target(self, targets: Mapping[str, bytes]) -> npt.NDArray[Any] | None:
         """The label map, or else the categories of the panoptic target's segments."""
@@ -127,12 +126,12 @@ class Scorer:
         if self.mapping is None:
             return predicted
         if predicted.label_HW is not None:
-            return replace(predicted, label_HW=self.mapping.apply(predicted.label_HW))
+            predicted = replace(predicted, label_HW=self.mapping.apply(predicted.label_HW))
         if predicted.segment_HW is not None:
             segment_HW, segments = self._mapped_segments(predicted)
-            return replace(predicted, segment_HW=segment_HW, segments=tuple(segments))
+            predicted = replace(predicted, segment_HW=segment_HW, segments=tuple(segments))
         if predicted.objects is not None:
-            return replace(predicted, objects=self._mapped_objects(predicted.objects, height, width))
+            predicted = replace(predicted, objects=self._mapped_objects(predicted.objects, height, width))
         return predicted
 
     def _mapped_segments(self, predicted: Predicted) -> tuple[npt.NDArray[Any], Segments]:
@@ -143,25 +142,8 @@ class Scorer:
         if mapping is None:
             return segment_HW, predicted.segments
         categories = mapping.apply_ids([segment["category_id"] for segment in predicted.segments]).tolist()
-        ids = np.array([segment["id"] for segment in predicted.segments], np.int64)
-        kept: list[dict[str, int]] = []
-        becomes: dict[int, int] = {}
-        stuff: dict[int, int] = {}
-        for identifier, category in zip(ids.tolist(), categories, strict=True):
-            known = self.target.by_id.get(category)
-            if known is None:
-                becomes[identifier] = VOID
-                continue
-            first = stuff.setdefault(category, identifier) if known.kind == "stuff" else identifier
-            becomes[identifier] = first
-            if first == identifier:
-                kept.append({"id": identifier, "category_id": category})
-        changed = {old: new for old, new in becomes.items() if old != new}
-        if changed:
-            values, place_HW = np.unique(segment_HW, return_inverse=True)
-            table = np.array([changed.get(value, value) for value in values.tolist()], segment_HW.dtype)
-            segment_HW = table[place_HW.reshape(segment_HW.shape)]
-        return segment_HW, kept
+        named = [{"id": segment["id"], "category_id": segment["category_id"]} for segment in predicted.segments]
+        return with_categories(segment_HW, named, categories, self.target)
 
     def _objects(self, pred: Objects, data: bytes, key: str | int, width: int, height: int) -> dict[str, Any]:
         annotations, target_width, target_height = read_instances(data)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["TilePlan", "blend_bands", "plan_tiles"]
+__all__ = ["TilePlan", "blend_bands", "plan_tiles", "plan_windows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,17 @@ def plan_tiles(height: int, width: int, *, tile_pixels: int, multiple: int) -> T
     tile_height, tile_width = min(height, tile_rows * multiple), min(width, tile_columns * multiple)
     cut = [tile for tile, whole in ((tile_height, height), (tile_width, width)) if tile < whole]
     overlap = min([max(multiple, min(tile_height, tile_width) // 8), *(tile // 2 for tile in cut)])
+    return TilePlan(
+        _starts(height, tile_height, overlap), _starts(width, tile_width, overlap), tile_height, tile_width, overlap
+    )
+
+
+def plan_windows(height: int, width: int, *, size: int, overlap: int) -> TilePlan:
+    """Cover height x width with windows of `size` x `size` pixels, or the image's whole side where that is less.
+
+    overlap: at most half of size.
+    """
+    tile_height, tile_width = min(height, size), min(width, size)
     return TilePlan(
         _starts(height, tile_height, overlap), _starts(width, tile_width, overlap), tile_height, tile_width, overlap
     )

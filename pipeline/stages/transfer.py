@@ -1,5 +1,6 @@
 """A window of decoded samples as one Arrow cell, for the layout that decodes on other nodes than it predicts on."""
 
+import json
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Any
@@ -10,10 +11,10 @@ import torch
 
 from pipeline import errors
 from pipeline.errors import RowError
-from pipeline.models.spec import Frame, Preprocess
+from pipeline.models.spec import Frame, Preprocess, Prompts
 from pipeline.sources.base import UnitEnd
 from pipeline.stages.decode import Decoded
-from pipeline.stages.predict import Prepared
+from pipeline.stages.prepare import Prepared
 from pipeline.stages.stream import Members
 
 __all__ = ["pack_windows", "unpack_window"]
@@ -31,6 +32,7 @@ ROWS = pa.schema(
         ("seconds", pa.list_(pa.float64())),
         ("prepared", pa.list_(pa.large_binary())),
         ("sizes", pa.list_(pa.list_(pa.int64()))),
+        ("prompts", pa.list_(pa.string())),
         ("targets", pa.map_(pa.string(), pa.large_binary())),
         ("fields", pa.map_(pa.string(), pa.string())),
     ]
@@ -62,9 +64,21 @@ def _row(decoded: Decoded) -> dict[str, Any]:
         "seconds": [decoded.read_s, decoded.decode_s, decoded.prepare_s],
         "prepared": [item and item.image_CHW.contiguous().numpy().tobytes() for item in decoded.prepared],
         "sizes": [item and [item.frame.prepared_height, item.frame.prepared_width] for item in decoded.prepared],
+        "prompts": [item and _to_text(item.frame.prompts) for item in decoded.prepared],
         "targets": list(decoded.targets.items()),
         "fields": list(decoded.fields.items()),
     }
+
+
+def _to_text(prompts: Prompts | None) -> str | None:
+    return None if prompts is None else json.dumps([prompts.boxes, prompts.points, prompts.text])
+
+
+def _to_prompts(text: str | None) -> Prompts | None:
+    if text is None:
+        return None
+    boxes, points, words = json.loads(text)
+    return Prompts(tuple(map(tuple, boxes)), tuple(map(tuple, points)), words)
 
 
 def unpack_window(data: bytes, preprocesses: tuple[Preprocess, ...]) -> Iterator[Decoded]:
@@ -80,12 +94,13 @@ def _decoded(row: dict[str, Any], preprocesses: tuple[Preprocess, ...]) -> Decod
     if row["error_type"]:
         error = getattr(errors, row["error_type"])(row["error_message"])
     prepared: list[Prepared | None] = []
-    for pixels, size, preprocess in zip(row["prepared"], row["sizes"], preprocesses, strict=False):
+    columns = (row["prepared"], row["sizes"], row["prompts"])
+    for pixels, size, text, preprocess in zip(*columns, preprocesses, strict=False):
         if pixels is None:
             prepared.append(None)
             continue
         image_CHW = torch.from_numpy(np.frombuffer(pixels, np.uint8).reshape(3, *size).copy())
-        frame = Frame(row["height"], row["width"], *size)
+        frame = Frame(row["height"], row["width"], size[0], size[1], _to_prompts(text))
         prepared.append(Prepared(image_CHW, frame, preprocess.padded(*size)))
     read_s, decode_s, prepare_s = row["seconds"]
     return Decoded(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from pipeline.masks import decode_depth, decode_label_map, decode_rle
+from pipeline.masks import decode_depth, decode_label_map, decode_rle, encode_rle
 from pipeline.models.spec import Instances, Prediction, Quality
 from pipeline.rows import PREDICTIONS
 from pipeline.stages.encode import encode, encode_instances
@@ -152,3 +152,46 @@ def test_columns_fit_the_table(form: str) -> None:
 def test_what_a_task_lacks_is_left_out() -> None:
     assert encode(Prediction(), "png", width=4, height=3) == {}
     assert list(encode(Prediction(instances=instances([])), "png", width=4, height=3)) == ["segments"]
+
+
+def test_boxes_alone_have_no_mask() -> None:
+    boxes = [(1.0, 2.0, 4.5, 6.0), (-3.0, 0.0, 2.0, 90.0), (7.0, 7.0, 7.0, 9.0)]
+    found = Instances(
+        boxes_N4=np.array(boxes, np.float32),
+        scores_N=np.array([0.9, 0.8, 0.7], np.float32),
+        category_ids_N=np.array([3, 1, 2]),
+    )
+    first, second = encode_instances(found, width=10, height=8)
+    assert (first["id"], first["category_id"], first["bbox"], first["area"], first["rle"]) == (
+        1,
+        3,
+        (1.0, 2.0, 3.5, 4.0),
+        14,
+        None,
+    )
+    assert second["bbox"] == (0.0, 0.0, 2.0, 8.0)
+    columns = pa.Table.from_pylist([{"segments": [first, second]}], schema=pa.schema([PREDICTIONS.field("segments")]))
+    assert columns["segments"][0][0]["rle"].as_py() is None
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_runs_are_kept_as_they_are(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    masks_NHW = rng.random((4, 7, 9)) < rng.random((4, 1, 1))
+    masks_NHW[1] = False
+    rles = tuple(encode_rle(mask_HW) for mask_HW in masks_NHW)
+    found = Instances(
+        boxes_N4=np.zeros((4, 4), np.float32),
+        scores_N=np.ones(4, np.float32),
+        category_ids_N=np.arange(4),
+        rles=rles,
+    )
+    segments = encode_instances(found, width=9, height=7)
+    kept = np.flatnonzero(masks_NHW.any((1, 2)))
+    assert [segment["category_id"] for segment in segments] == kept.tolist()
+    assert [segment["id"] for segment in segments] == list(range(1, len(kept) + 1))
+    for segment, index in zip(segments, kept, strict=True):
+        np.testing.assert_array_equal(decode_rle(segment["rle"], width=9, height=7), masks_NHW[index])
+        rows, columns = np.nonzero(masks_NHW[index])
+        assert segment["area"] == len(rows)
+        assert segment["bbox"][:2] == (columns.min(), rows.min())

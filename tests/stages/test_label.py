@@ -31,7 +31,7 @@ from pipeline.errors import ConfigError
 from pipeline.images import decode_image
 from pipeline.masks import decode_label_map
 from pipeline.metrics.score import SCORE
-from pipeline.models.unet import UNetSmall
+from pipeline.models.zoo.unet import UNetSmall
 from pipeline.predictions.stored import stored
 from pipeline.rows import PREDICTIONS
 from pipeline.sources.base import Sample, Unit
@@ -481,7 +481,7 @@ def test_rows_are_scored_as_they_are_labelled(tmp_path: Path) -> None:
     assert sum(window.seconds.get("score", 0.0) for window in windows) > 0
     samples = [item for item in open_source(plan.source).read(make_item(plan).unit, ()) if isinstance(item, Sample)]
     for row, sample in zip(rows, samples, strict=True):
-        expected = plan.scorers[0].score(stored(row), sample.targets, key=row["image_id"])  # type: ignore[union-attr]
+        expected = plan.scorers[0].score(stored(row, "semantic"), sample.targets, key=row["image_id"])  # type: ignore[union-attr]
         assert pa.array([expected], SCORE).to_pylist() == [row["score"]]
         assert row["score"]["confusion"]["pixels"]
     split = scored_plan(tmp_path / "split")

@@ -15,7 +15,8 @@ from pipeline.errors import ConfigError, ImageTooLargeError, PredictError, RowEr
 from pipeline.models.load import LoadedModel
 from pipeline.models.postprocess import POSTPROCESS
 from pipeline.models.spec import ModelSpec, PostContext, Prediction, Preprocess, Task
-from pipeline.stages.predict import Predict, Prepared, prepare
+from pipeline.stages.predict import Predict
+from pipeline.stages.prepare import Prepared, prepare
 from pipeline.taxonomy import load_taxonomy
 
 CPU = torch.device("cpu")

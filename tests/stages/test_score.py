@@ -149,9 +149,9 @@ def test_depth_is_scored_as_stored() -> None:
     row = {"width": 256, "height": 192, "depth": code}
     millimetres = (target_HW * 1000).astype(np.uint16)
     options = {"alignment": "median", "max_depth": 80.0}
-    score = as_row(scorer(depth=options).score(stored(row), {"depth": png(millimetres)}, key="a"))
+    score = as_row(scorer(depth=options).score(stored(row, "depth"), {"depth": png(millimetres)}, key="a"))
     expected = Depth.from_image(
-        stored(row).depth_HW,  # type: ignore[arg-type]
+        stored(row, "depth").depth_HW,  # type: ignore[arg-type]
         np.where(millimetres == 0, np.nan, millimetres * 0.001),
         DepthOptions(alignment="median", max_depth=80.0),
     )

@@ -1,0 +1,32 @@
+"""An image as one model wants it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as transforms
+
+from pipeline.models.spec import Frame, Preprocess, Prompts
+
+__all__ = ["Prepared", "prepare"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One image as one model wants it: image_CHW uint8, resized but not yet padded or normalised."""
+
+    image_CHW: Tensor
+    frame: Frame
+    padded: tuple[int, int]
+
+
+def prepare(image_HWC: npt.NDArray[np.uint8], preprocess: Preprocess, prompts: Prompts | None = None) -> Prepared:
+    """Resize on the CPU, in 8 bits; what is left (normalise, pad) happens on the device, on a quarter of the bytes."""
+    height, width = image_HWC.shape[:2]
+    target = preprocess.size(height, width)
+    image_CHW = torch.from_numpy(np.require(image_HWC, requirements=["C", "W"])).permute(2, 0, 1)
+    if target != (height, width):
+        image_CHW = transforms.resize_image(image_CHW, list(target), antialias=preprocess.antialias)
+    return Prepared(image_CHW, Frame(height, width, *target, prompts), preprocess.padded(*target))
