@@ -1,5 +1,6 @@
 """Train a model: `maskmill train CONFIG.yaml [dotted.key=value ...]`, or the same as `python -m jobs.train`."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,14 +15,18 @@ from pipeline.config_train import TrainConfig
 from pipeline.configfile import redacted
 from pipeline.dataflow import cluster
 from pipeline.errors import RunError
+from pipeline.models.licences import licence, licence_warning
+from pipeline.models.load import find_spec, stored_spec
 from pipeline.progress import Reporter, duration
 from pipeline.runfile import code_version, write_run
 from pipeline.sources.registry import open_source
-from pipeline.trainer import Resumed, Training
+from pipeline.trainer import Resumed, Training, WorkersFailed
 from pipeline.training.events import EpochDone, Saved, SaveFailed, StepDone
 from pipeline.training.plan import SourcePlan, plan_source
 
 __all__ = ["main", "train"]
+
+SHOWN_FAILURES = 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,9 +42,10 @@ def train(config: TrainConfig) -> int:
     validation = None if config.validation is None else plan_source(open_source(config.validation.source))
     held_out = f" and {validation.images} to validate on" if validation else ""
     reporter.say(f"{plan.images} images to learn from{held_out}, planned in {time.monotonic() - started:.1f} s")
+    _say_licence(config, reporter)
     cluster.connect(config.ray_address, config.resources.object_store_bytes)
     with signals_interrupt():
-        pool = cluster.plan_pool(config.resources)
+        pool = cluster.plan_pool(config.resources, fewest=config.resources.min_workers)
         if config.resources.workers == "auto" and not pool.gpus:
             pool = replace(pool, workers=1)  # its CPUs serve one model better than two
         run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid4().hex[:6]}"
@@ -47,25 +53,49 @@ def train(config: TrainConfig) -> int:
         training = Training(config, pool, plan, validation, run_id)
         workers = f"{pool.workers} worker{'s' if pool.workers > 1 else ''}"
         reporter.say(f"starting {workers}: {config.batch_images} images a step, {config.epochs} epochs")
+        if training.waits_for:
+            reporter.say(f"waiting for room: {training.waits_for}; resources.min_workers begins with fewer")
         try:
-            _follow(config, training, reporter, plan.images)
+            try:
+                _follow(config, training, reporter, plan.images, pool.workers)
+            except KeyboardInterrupt:
+                reporter.stop()
+                _stop(training, reporter)
+                raise
+        # What stopped the run, a full disk say, may stop run.json too; it must not keep the reason from being said.
         except KeyboardInterrupt:
-            reporter.stop()
-            reporter.say("stopping: a checkpoint is written first")
-            training.stop()
-            for _ in training.remaining():
-                pass
-            _write_run(config, run_id, plan, "interrupted")
+            with contextlib.suppress(RunError):
+                _write_run(config, run_id, plan, "interrupted")
             raise
         except RunError as error:
             reporter.stop()
-            _write_run(config, run_id, plan, "stopped", error=str(error))
+            with contextlib.suppress(RunError):
+                _write_run(config, run_id, plan, "stopped", error=str(error))
             raise
         _write_run(config, run_id, plan, "done")
     return 0
 
 
-def _follow(config: TrainConfig, training: Training, reporter: Reporter, images: int) -> None:
+def _say_licence(config: TrainConfig, reporter: Reporter) -> None:
+    """Once, before anything is learned. What cannot be found is said by the workers, where it is needed."""
+    with contextlib.suppress(RunError):
+        spec = find_spec(config.model)
+        text, commercial = licence(spec, config.model.weights, stored_spec(config.model))
+        if not commercial:
+            reporter.say(licence_warning(config.model.label or spec.name, text))
+
+
+def _stop(training: Training, reporter: Reporter) -> None:
+    if not training.stop():
+        reporter.say("stopping: no worker is at work, so there is no checkpoint to write")
+        return
+    reporter.say("stopping: a checkpoint is written first")
+    for event in training.remaining():
+        if isinstance(event, Saved) and not event.published:
+            reporter.say(f"stopped after step {event.checkpoint.step}: {event.uri}")
+
+
+def _follow(config: TrainConfig, training: Training, reporter: Reporter, images: int, workers: int) -> None:
     started = time.monotonic()
     total = config.epochs * images
     loss = ""
@@ -73,8 +103,16 @@ def _follow(config: TrainConfig, training: Training, reporter: Reporter, images:
         if isinstance(event, Resumed):
             done = event.done * config.batch_images
             what = f"going on after step {event.done}" if event.from_checkpoint else "from the beginning"
-            reporter.say(f"{what}; {event.steps_per_epoch} steps an epoch")
+            fewer = f" with {event.workers} of {workers} workers" if event.workers < workers else ""
+            reporter.say(f"{what}{fewer}; {event.steps_per_epoch} steps an epoch")
+            if event.unfilled:
+                names = ", ".join(event.unfilled[:4])
+                more = f" and {len(event.unfilled) - 4} more" if len(event.unfilled) > 4 else ""
+                reporter.say(f"not in the weights, so random: {names}{more}")
             reporter.start(total, min(done, total))
+        elif isinstance(event, WorkersFailed):
+            reporter.stop()
+            reporter.say(event.reason)
         elif isinstance(event, StepDone):
             loss = f"loss {event.result.loss:.4f}"
             reporter.update(
@@ -82,10 +120,14 @@ def _follow(config: TrainConfig, training: Training, reporter: Reporter, images:
             )
         elif isinstance(event, EpochDone):
             reporter.say(_epoch_line(event.row, config.epochs))
-            for failure in event.failures[:3]:
+            for failure in event.failures[:SHOWN_FAILURES]:
                 reporter.say(f"  not learned from: {failure.image_id}: {failure.error_type}: {failure.message}")
+            unsaid = int(event.row["failed"] or 0) - SHOWN_FAILURES
+            if unsaid > 0:
+                reporter.say(f"  nor from {unsaid} more")
         elif isinstance(event, SaveFailed):
-            reporter.say(f"checkpoint not written: {event.error}; training goes on, the last one is whole")
+            whole = ", the last one is whole" if event.what == "checkpoint" else ""
+            reporter.say(f"{event.what} not written: {event.error}; training goes on{whole}")
         elif isinstance(event, Saved) and event.published:
             reporter.stop()
             reporter.say(f"trained in {duration(time.monotonic() - started)}; the model: {event.uri}")
@@ -96,7 +138,7 @@ def _epoch_line(row: Mapping[str, Any], epochs: int) -> str:
     figures = [
         f"{name} {value:.4f}"
         for name, value in row.items()
-        if isinstance(value, float) and name not in ("loss", "learning_rate", "seconds", "images_per_s")
+        if isinstance(value, float) and name not in ("loss", "learning_rate", "seconds", "images_per_s", "ended_at")
     ]
     return (
         f"epoch {row['epoch']} of {epochs}: loss {row['loss']:.4f}  {'  '.join(figures[:4])}  "

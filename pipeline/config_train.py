@@ -12,6 +12,7 @@ from pipeline.config import ModelConfig, Section, SourceConfig, Storage, WorkerR
 
 __all__ = [
     "AugmentConfig",
+    "BorderConfig",
     "CheckpointConfig",
     "DepthLossConfig",
     "DepthTargetConfig",
@@ -40,6 +41,12 @@ class ValidationConfig(Section):
     batch_images: int = Field(
         8, ge=1, description="images in one forward pass; batches are the same however many workers share them"
     )
+    alignment: Literal["none", "median", "least_squares", "least_squares_disparity"] = Field(
+        "none", description="depth: fit of each prediction to its target, for models without a scale of their own"
+    )
+    sheet_images: int = Field(
+        6, ge=0, le=50, description="images that are drawn with their predictions, the same each time; 0: no sheets"
+    )
 
 
 class DepthTargetConfig(Section):
@@ -67,6 +74,18 @@ class TargetConfig(Section):
     depth: DepthTargetConfig = Field(DepthTargetConfig(), description="what a depth target's values mean")
 
 
+class BorderConfig(Section):
+    """U-Net's weight map (Ronneberger et al. 2015, eq. 2), at the size that the model sees."""
+
+    w0: float = Field(
+        10.0, gt=0, description="what a pixel between two objects counts for at most, on top of its class"
+    )
+    sigma: float = Field(5.0, gt=0, description="pixels: how fast that falls with the distances to the two objects")
+    classes: tuple[str | int, ...] = Field(
+        (), description="classes, by name or id, between whose objects borders are; none named: all things"
+    )
+
+
 class SemanticLossConfig(Section):
     cross_entropy: float = Field(1.0, ge=0, description="what softmax cross-entropy counts for; 0: not computed")
     focal: float = Field(0.0, ge=0, description="what the focal loss counts for (Lin et al. 2017)")
@@ -75,7 +94,13 @@ class SemanticLossConfig(Section):
     class_weights: dict[str | int, NotNegative] = Field(
         {}, description="class, by name or id -> its weight in the cross-entropy; classes left out weigh 1"
     )
+    border: BorderConfig | None = Field(
+        None, description="weigh the cross-entropy up between objects that nearly touch; null: not"
+    )
     focal_gamma: float = Field(2.0, ge=0, description="focusing exponent of the focal loss; 2 is the paper's best")
+    focal_alpha: dict[str | int, NotNegative] = Field(
+        {}, description="class, by name or id -> its weight in the focal loss; classes left out weigh 1"
+    )
     per_image: bool = Field(
         True, description="Dice and Lovasz of single images; the batch as one depends on the number of workers"
     )
@@ -85,8 +110,8 @@ class SemanticLossConfig(Section):
 
 
 class DepthLossConfig(Section):
-    kind: Literal["l1", "l2", "smooth_l1", "silog", "scale_shift_invariant"] = Field(
-        "l1", description="loss of metres by pixel, of their logarithm (Eigen 2014), or of shape alone (MiDaS 2020)"
+    kind: Literal["l1", "l2", "smooth_l1", "log_l1", "silog", "scale_shift_invariant"] = Field(
+        "l1", description="loss of metres by pixel, of their logarithm (silog: Eigen 2014), or of shape (MiDaS 2020)"
     )
     inverse: bool = Field(False, description="the model gives 1 / depth, and targets are turned into that")
     beta: float = Field(1.0, gt=0, description="smooth_l1: metres from which the loss is linear")
@@ -104,8 +129,8 @@ class LossConfig(Section):
 
     semantic: SemanticLossConfig = Field(SemanticLossConfig(), description="losses of label maps")
     depth: DepthLossConfig = Field(DepthLossConfig(), description="loss of depth maps")
-    instance: dict[str, NotNegative] = Field(
-        {}, description="torchvision's loss of instances by name -> what it counts for; those left out count 1"
+    own: dict[str, NotNegative] = Field(
+        {}, description="a detector's own losses by name -> what each counts for, instead of the model's own factor"
     )
 
 
@@ -161,18 +186,38 @@ class CheckpointConfig(Section):
     best: str | None = Field(
         None, description="figure of the validation that tells the best; default: mIoU, AbsRel, or segm/AP by task"
     )
-    attempts: int = Field(5, ge=1, description="tries to write to storage, each after twice the pause before")
+    attempts: int = Field(
+        5, ge=1, description="tries to write or read one of their files, each after twice the pause before"
+    )
 
 
 class TrainOutput(Section):
     uri: str = Field(description="folder of checkpoints and figures, local or object storage")
     storage: Storage = Field({}, description="fsspec options for the output")
+    tensorboard: bool = Field(False, description="write the figures as TensorBoard's event file as well")
 
 
 class TrainResources(WorkerResources):
     workers: Count | Auto = Field("auto", description="training processes; auto: one per GPU, else one")
-    torch_threads: Count | Auto = Field("auto", description="threads of the forward pass on CPU; auto: its CPUs")
+    min_workers: Count | None = Field(
+        None, description="go on with as few, from the last checkpoint, until there is room for all; null: wait for all"
+    )
+    layout: Literal["fused", "split"] = Field(
+        "fused", description="fused: workers read and prepare; split: Ray Data on any node reads and prepares for them"
+    )
+    readers: Count | Auto = Field("auto", description="split layout: preparing tasks at once for each worker")
+    torch_threads: Count | Auto = Field(
+        "auto", description="threads of the forward pass on CPU; auto: the worker's part of its node's CPUs"
+    )
     decode_threads: Count | Auto = Field("auto", description="decoding and augmenting threads; auto: 2 to 8 by cores")
+
+    @model_validator(mode="after")
+    def _counts_whole_workers(self) -> Self:
+        # Ray 2.60 counts the workers that have room in whole resources, and would wait for ever for parts of them.
+        parts = self.cpus_per_worker % 1 or (self.gpus_per_worker != "auto" and self.gpus_per_worker % 1)
+        if self.min_workers is not None and parts:
+            raise ValueError("min_workers needs whole cpus_per_worker and gpus_per_worker")
+        return self
 
 
 class TrainConfig(Section):
@@ -196,6 +241,11 @@ class TrainConfig(Section):
         2000, ge=1, description="images that are mixed at least; units are drawn at random, in groups of that many"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the forward pass; weights stay fp32")
+    strategy: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="each worker has the whole model, or (fsdp) its part of weights, gradients and optimiser state; "
+        "either learns the same and goes on from the other's checkpoint",
+    )
     batch_norm: Literal["local", "synced", "frozen"] = Field(
         "local",
         description="statistics of each worker's own images, of all workers' (as if one had them all), or as they were",
@@ -222,4 +272,7 @@ class TrainConfig(Section):
             raise ValueError("checkpoint.best needs a validation section")
         if self.freeze.epochs is not None and not self.freeze.stages:
             raise ValueError("freeze.epochs needs freeze.stages of 1 or more")
+        if self.strategy == "fsdp" and self.model.options.get("compile"):
+            # Each unit's gathering breaks the graph: it would run, and nothing would be compiled.
+            raise ValueError("model.options.compile must be false where strategy is fsdp, got true")
         return self

@@ -16,11 +16,13 @@ from pipeline.config_train import TargetConfig, TrainConfig, ValidationConfig
 from pipeline.models.load import load_model
 from pipeline.models.registry import find_model
 from pipeline.models.spec import ModelSpec, Preprocess
-from pipeline.models.unet import UNetSmall
+from pipeline.models.zoo.unet import UNetSmall
 from pipeline.sources.registry import open_source
 from pipeline.training.augment import Example, make_example
 from pipeline.training.backbone import train_mode
 from pipeline.training.batch import blank_batch, collate
+from pipeline.training.border import BorderWeights
+from pipeline.training.cells import label_cells
 from pipeline.training.events import EpochDone, Event, Saved, StepDone
 from pipeline.training.loop import TrainingLoop
 from pipeline.training.losses.objective import SemanticLoss, SemanticLossOptions
@@ -76,7 +78,13 @@ def examples(count: int, seed: int = 0) -> list[Example]:
 
 
 def train_steps(
-    workers: Workers, batches: Sequence[int], norm: str, accumulate: int, loss: dict[str, Any], clip_norm: float | None
+    workers: Workers,
+    batches: Sequence[int],
+    norm: str,
+    accumulate: int,
+    loss: dict[str, Any],
+    clip_norm: float | None,
+    border: BorderWeights | None = None,
 ) -> tuple[dict[str, Tensor], list[StepResult]]:
     """SGD with momentum on batches of those sizes, shared among workers; the state afterwards."""
     with torch.random.fork_rng():
@@ -103,6 +111,12 @@ def train_steps(
     results = []
     for step, size in enumerate(batches):
         members = examples(size, seed=step)
+        if border is not None:
+            cells = [label_cells(item["semantic"].numpy(), border.classes) for item in members]
+            members = [
+                border.weighted({**item, "panoptic": torch.from_numpy(cell_HW)})
+                for item, cell_HW in zip(members, cells, strict=True)
+            ]
         own = [members[at] for at in part_range(size, workers.rank, workers.size)]
         parts = [[own[at] for at in part_range(len(own), part, accumulate)] for part in range(accumulate)]
         results.append(
@@ -134,7 +148,11 @@ def config(folder: Path | str, **changes: Any) -> TrainConfig:
     scenes = {"format": "scenes", "width": 64, "height": 48, "targets": ["semantic"]}
     tree: dict[str, Any] = {
         "source": {**scenes, "count": 22, "unit_images": 5},
-        "validation": {"source": {**scenes, "start": 1000, "count": 7, "unit_images": 3}, "batch_images": 2},
+        "validation": {
+            "source": {**scenes, "start": 1000, "count": 7, "unit_images": 3},
+            "batch_images": 2,
+            "sheet_images": 2,
+        },
         "model": {"name": "unet_small", "options": {"width": 4, "depth": 2}},
         "epochs": 2,
         "batch_images": 6,

@@ -11,8 +11,8 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import MultiScaleRoIAlign
 
 from pipeline.models.spec import ModelSpec, Preprocess
-from pipeline.models.torchvision_detection import detect
-from pipeline.models.unet import UNetSmall
+from pipeline.models.zoo.torchvision_detection import MASK_RCNN_LOSSES, detect, rcnn_losses
+from pipeline.models.zoo.unet import UNetSmall
 
 
 class DepthSmall(nn.Module):
@@ -68,6 +68,9 @@ INSTANCES = ModelSpec(
     task="instance",
     build=build_instances,
     forward=detect,
+    losses=rcnn_losses,
+    loss_factors=MASK_RCNN_LOSSES,
+    background=True,
     preprocess=Preprocess(pad_multiple=8),
     taxonomy="coco80",
     num_classes=lambda taxonomy: max(taxonomy.ids) + 1,

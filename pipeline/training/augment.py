@@ -28,7 +28,7 @@ __all__ = ["AugmentOptions", "Change", "Example", "apply_change", "augment", "dr
 
 # One image and its targets: `image` (tv_tensors.Image, 3, H, W, uint8), and any of `semantic` (class indices, H, W),
 # `panoptic` (segment ids, 0 = void, H, W), `depth` (float32 metres, NaN = unknown, H, W), `masks` (N, H, W, uint8), all
-# tv_tensors.Mask, with `labels` (N) beside masks.
+# tv_tensors.Mask, with `labels` (N) beside masks. `pixel_weight` (float32, H, W) is made after augmentation.
 Example = dict[str, Tensor]
 Padding = Literal["void", "mirror"]
 

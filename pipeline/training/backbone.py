@@ -1,10 +1,12 @@
 """Where a model's backbone is and which stages it has: what learning rates fall along and what is frozen.
 
 The rule: the backbone is the first submodule that exists of `backbone.body` (torchvision's detectors, where
-`backbone.fpn` is new), `backbone` (torchvision's segmentation models) and `encoder` (our U-Nets,
-segmentation-models-pytorch), or the one that is named. Its stages are its direct children in the order in which they
-were registered, those without parameters left out, a run of plain layers (a ResNet's conv1 and bn1) counting as one
-stage. So a ResNet has 5 (stem, layer1 to layer4), MobileNetV3-Large 17, unet_small one per level.
+`backbone.fpn` is new), `backbone` (torchvision's segmentation models), `encoder` (our U-Nets,
+segmentation-models-pytorch), `dpt` (transformers' DPT) and where transformers' query models have theirs, or the one
+that is named. Its stages are its direct children in the order in which they were registered, those without
+parameters left out, a run of plain layers (a ResNet's conv1 and bn1) counting as one stage, and a child that is nothing
+but a list of layers (a transformer's encoder) as its layers. So a ResNet has 5 (stem, layer1 to layer4),
+MobileNetV3-Large 17, unet_small one per level, DPT-Large 25 (embeddings and 24 layers).
 """
 
 from collections.abc import Sequence
@@ -17,7 +19,15 @@ from pipeline.errors import ConfigError
 
 __all__ = ["backbone_stages", "freeze", "train_mode"]
 
-CANDIDATES = ("backbone.body", "backbone", "encoder")
+CANDIDATES = (
+    "backbone.body",
+    "backbone",
+    "encoder",
+    "dpt",
+    "model.backbone.model",
+    "model.model.backbone.backbone",
+    "model.pixel_level_module.encoder",
+)
 
 
 def backbone_stages(module: nn.Module, name: str = "") -> list[list[nn.Module]]:
@@ -26,7 +36,9 @@ def backbone_stages(module: nn.Module, name: str = "") -> list[list[nn.Module]]:
     name: of the submodule, dotted, where the rule does not find it. Raises ConfigError where there is none.
     """
     backbone = _submodule(module, name)
-    children = [child for child in backbone.children() if any(True for _ in child.parameters())]
+    children = [
+        layer for child in backbone.children() for layer in _layers(child) if any(True for _ in layer.parameters())
+    ]
     plain = [not any(True for _ in child.children()) for child in children]
     # A key of its own for each container, one for a run of plain layers.
     keys = [-1 if is_plain else at for at, is_plain in enumerate(plain)]
@@ -64,6 +76,13 @@ def train_mode(module: nn.Module, *, frozen_stages: int = 0, frozen_norms: bool 
         for child in module.modules():
             if isinstance(child, _NormBase):
                 child.eval()
+
+
+def _layers(child: nn.Module) -> list[nn.Module]:
+    """The members of a child that holds one list and nothing else, or the child itself."""
+    held = [*child.children()]
+    alone = len(held) == 1 and isinstance(held[0], nn.ModuleList) and not [*child.parameters(recurse=False)]
+    return [*held[0].children()] if alone else [child]
 
 
 def _frozen(module: nn.Module, stages: int, name: str) -> Sequence[nn.Module]:

@@ -3,8 +3,8 @@
 Axes: B batch, C channels, H rows, W columns.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,8 +24,8 @@ BLANK_PIXELS = 64
 class MicroBatch:
     """image_BCHW: uint8, padded on the right and at the bottom. frames: the images' sizes without padding.
 
-    targets: what an Objective reads: `semantic` (B, H, W), `depth` (B, H, W). objects: per image what torchvision's
-    detectors read. blank: one grey image that counts for nothing, for a worker without a share.
+    targets: what an Objective reads: `semantic`, `depth`, `pixel_weight`, each (B, H, W). objects: per image what
+    torchvision's detectors read. blank: one grey image that counts for nothing, for a worker without a share.
     """
 
     image_BCHW: Tensor
@@ -35,12 +35,18 @@ class MicroBatch:
     blank: bool = False
 
     def to(self, device: torch.device) -> "MicroBatch":
-        return MicroBatch(
-            image_BCHW=self.image_BCHW.to(device, non_blocking=True),
-            frames=self.frames,
-            targets={name: values.to(device, non_blocking=True) for name, values in self.targets.items()},
-            objects=tuple({name: values.to(device) for name, values in item.items()} for item in self.objects),
-            blank=self.blank,
+        return self._map(lambda values: values.to(device, non_blocking=True))
+
+    def pinned(self) -> "MicroBatch":
+        """In page-locked memory, from which a copy to a GPU does not hold up the host. Needs a CUDA device."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        return replace(
+            self,
+            image_BCHW=function(self.image_BCHW),
+            targets={name: function(values) for name, values in self.targets.items()},
+            objects=tuple({name: function(values) for name, values in item.items()} for item in self.objects),
         )
 
     def normalised(self, preprocess: Preprocess, memory_format: torch.memory_format) -> Tensor:
@@ -58,7 +64,7 @@ def collate(examples: Sequence[Example], preprocess: Preprocess, *, void_id: int
     """One batch of at least one example. Images of several sizes are padded to the largest height and width."""
     sizes = [(example["image"].shape[-2], example["image"].shape[-1]) for example in examples]
     height, width = preprocess.padded(max(height for height, _ in sizes), max(width for _, width in sizes))
-    voids: dict[str, Any] = {"semantic": void_id, "depth": float("nan")}
+    voids: dict[str, Any] = {"semantic": void_id, "depth": float("nan"), "pixel_weight": 0.0}
     return MicroBatch(
         image_BCHW=torch.stack([_padded(example["image"], height, width, 0) for example in examples]),
         frames=tuple(Frame(height, width, height, width) for height, width in sizes),

@@ -14,16 +14,18 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError, StorageError
-from pipeline.storage import address, join, open_fs, read_file, storage_errors
+from pipeline.storage import address, join, open_fs, read_file, storage_errors, write_file
 
 __all__ = ["MODEL_FILES", "Checkpoint", "CheckpointStore"]
+
+ResultT = TypeVar("ResultT")
 
 FORMAT = 1
 MAX_MANIFEST_BYTES = 1_000_000
@@ -47,8 +49,8 @@ class Checkpoint:
 class CheckpointStore:
     """The checkpoints of one run; one process writes. Nothing is cached: another may have written in between.
 
-    keep: how many of the newest are kept. lower_is_better: of `figure`. attempts: tries of each write, after pauses of
-    1, 2, 4, ... seconds. pause: how it waits.
+    keep: how many of the newest are kept. lower_is_better: of `figure`. attempts: tries to read or write a file, after
+    pauses of 1, 2, 4, ... seconds. pause: how it waits.
     """
 
     def __init__(
@@ -112,9 +114,7 @@ class CheckpointStore:
 
     def list(self) -> list[Checkpoint]:
         """Every checkpoint whose manifest is whole, by step. Raises StorageError."""
-        with storage_errors(self.path):
-            self.fs.invalidate_cache()
-            names = [str(name) for name in self.fs.ls(self.path, detail=False)] if self.fs.exists(self.path) else []
+        names = self._tried(self._names)
         found = [self._manifest(name) for name in sorted(names) if name.endswith(".json")]
         return sorted((item for item in found if item is not None), key=lambda item: (item.step, item.name))
 
@@ -194,22 +194,38 @@ class CheckpointStore:
 
     def _put(self, path: str, data: bytes, fs: Any = None) -> None:
         fs = fs or self.fs
-        for attempt in range(self._attempts):
+
+        def write() -> None:
+            with storage_errors(path):
+                fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            write_file(fs, path, data, path)
+
+        self._tried(write)
+
+    def _names(self) -> Sequence[str]:
+        with storage_errors(self.path):
+            self.fs.invalidate_cache()
+            return [str(name) for name in self.fs.ls(self.path, detail=False)] if self.fs.exists(self.path) else []
+
+    def _tried(self, action: Callable[[], ResultT]) -> ResultT:
+        """What an action gives, once faults that pass have passed. Raises StorageError for others."""
+        attempt = 0
+        while True:
             try:
-                with storage_errors(path):
-                    fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-                    fs.pipe_file(path, data)
-                return
-            except StorageError:
-                if attempt == self._attempts - 1:
+                return action()
+            except StorageError as error:
+                # What is missing, or larger than it may be, will be so again.
+                passing = not isinstance(error.__cause__, FileNotFoundError | None)
+                attempt += 1
+                if not passing or attempt == self._attempts:
                     raise
-                self._pause(FIRST_PAUSE_S * 2**attempt)
+            self._pause(FIRST_PAUSE_S * 2 ** (attempt - 1))
 
     def _get(self, checkpoint: Checkpoint, file: str) -> bytes:
         size, digest = checkpoint.files[file]
         where = join(self.path, checkpoint.name, file)
         try:
-            data = read_file(self.fs, where, where, max_bytes=size)
+            data = self._tried(lambda: read_file(self.fs, where, where, max_bytes=size))
         except StorageError as error:
             if isinstance(error.__cause__, FileNotFoundError) or error.__cause__ is None:
                 raise CheckpointError(f"{where} is missing or larger than it was written: {error}") from error
@@ -221,7 +237,7 @@ class CheckpointStore:
     def _manifest(self, path: str) -> Checkpoint | None:
         """None for what is no whole manifest: its writer died over it, or has just deleted it."""
         try:
-            data = read_file(self.fs, path, path, max_bytes=MAX_MANIFEST_BYTES)
+            data = self._tried(lambda: read_file(self.fs, path, path, max_bytes=MAX_MANIFEST_BYTES))
         except StorageError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 return None

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.training.sharding import load_full_state
 
 __all__ = ["Ema", "ema_decay"]
 
@@ -22,7 +23,7 @@ class Ema:
     """`module` is the average, a copy in evaluation mode; `update` moves it towards the model.
 
     Floating parameters are averaged; buffers are copied, as the running statistics of a batch normalisation are an
-    average already.
+    average already. Where the model is sharded, so is the average (`sharding.shard_like`): each worker moves its parts.
     """
 
     def __init__(self, model: nn.Module, *, decay: float = 0.9999) -> None:
@@ -48,9 +49,9 @@ class Ema:
         return {"updates": self.updates, "module": self.module.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`. Raises CheckpointError where the weights are another model's."""
+        """The inverse of `state_dict`, of whole tensors. Raises CheckpointError where they are another model's."""
         try:
-            self.module.load_state_dict(state["module"], strict=True)
+            load_full_state(self.module, state["module"])
             self.updates = int(state["updates"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"expected the average of this model: {error}") from error

@@ -1,6 +1,7 @@
 """What a training run says while it goes on; whoever drives it decides what that means."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pipeline.errors import StorageError
 from pipeline.training.checkpoint import Checkpoint
@@ -43,9 +44,11 @@ class Saved:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveFailed:
-    """On rank 0: storage failed, the run goes on, and the checkpoint before is whole."""
+    """On rank 0: storage failed, and the run goes on. what: was not written, a checkpoint (then the one before is
+    whole) or the history with its pictures (which are written again after the next epoch)."""
 
     error: StorageError
+    what: Literal["checkpoint", "history"] = "checkpoint"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,12 +4,11 @@ A plain generator of events: whoever drives it (Ray Train, a test) decides what 
 step; only rank 0 writes.
 """
 
-import contextlib
 import hashlib
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,48 +16,59 @@ import torch
 from torch import nn
 
 from pipeline.config_train import TrainConfig
-from pipeline.configfile import redacted
 from pipeline.errors import (
-    ConfigError,
+    CheckpointError,
+    CheckpointNotWrittenError,
     FailureBudgetExceeded,
-    SourceChangedError,
+    RunError,
     StorageError,
     TrainingDivergedError,
 )
 from pipeline.sources.registry import open_source
 from pipeline.stages.label import thread_count
-from pipeline.storage import join
+from pipeline.stages.stream import read_ahead
 from pipeline.training.backbone import freeze, train_mode
 from pipeline.training.batch import MicroBatch, blank_batch, collate
-from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.ema import Ema
 from pipeline.training.events import LISTED_FAILURES, EpochDone, Event, Saved, SaveFailed, StepDone, Stopped
-from pipeline.training.history import Row, curve_png, json_lines, parquet
+from pipeline.training.history import Row
 from pipeline.training.norms import sync_norms
 from pipeline.training.optim import build_optimizer
 from pipeline.training.order import EpochOrder, part_range
 from pipeline.training.plan import SourcePlan, plan_source
-from pipeline.training.samples import Failure, SampleReader, StepItems
+from pipeline.training.reader import GroupReader, Share, StepReader, ThreadReader
+from pipeline.training.record import Record
+from pipeline.training.samples import Failure, Preparation, StepItems
 from pipeline.training.schedule import learning_rate_factor
 from pipeline.training.setup import (
     augment_options,
-    model_spec,
+    border_weights,
     objective,
     optimizer_options,
     schedule_options,
     start_model,
     to_device,
 )
+from pipeline.training.sharding import blueprint, full_copy, shard, shard_like, shard_units
+from pipeline.training.sheet import Shown
 from pipeline.training.snapshot import capture, put_back
 from pipeline.training.step import Stepper, StepResult, Trainee, wrap
 from pipeline.training.task_targets import TaskTargets
-from pipeline.training.validate import HEADLINES, Scores, Validator, finite, lower_is_better
+from pipeline.training.validate import Validator, finite
 from pipeline.training.workers import Workers
 
 __all__ = ["EpochDone", "Event", "SaveFailed", "Saved", "StepDone", "Stopped", "TrainingLoop"]
 
 SMALLEST_SCALE = 1.0
-TARGETS = {"semantic": ("semantic",), "depth": ("depth",), "instance": ("masks",)}
+GO_ON = "the same command goes on from the last whole checkpoint"
+# What of a batch's targets a model of each task learns from.
+TARGETS = {
+    "semantic": ("semantic",),
+    "depth": ("depth",),
+    "instance": ("masks",),
+    "detection": ("masks",),
+    "panoptic": ("masks",),
+}
 
 
 @dataclass
@@ -78,7 +88,8 @@ class TrainingLoop:
     """One worker of a run.
 
     plan, validation_plan: where the driver has them already, so that not every worker lists and counts. device: of the
-    model. Raises ConfigError and its kin where the run cannot start, StorageError.
+    model. step_reader: where images are read and prepared. Raises ConfigError and its kin where the run cannot start,
+    StorageError.
     """
 
     def __init__(
@@ -90,32 +101,49 @@ class TrainingLoop:
         run_id: str = "",
         plan: SourcePlan | None = None,
         validation_plan: SourcePlan | None = None,
+        step_reader: Callable[[GroupReader, Preparation], StepReader] = ThreadReader,
     ) -> None:
         self.config = config
         self.workers = workers
         self.device = device
-        self.run_id = run_id or workers.gather(uuid.uuid4().hex)[0]
         self.plan = plan or plan_source(open_source(config.source))
         self.model, self.unfilled = start_model(config)
         task, taxonomy = self.model.spec.task, self.model.taxonomy
-        self.module = to_device(self.model.module, self.model, device)
+        sharded = config.strategy == "fsdp" and workers.size > 1
+        # What is sharded comes to the device in parts: it need not hold the whole.
+        self.module = to_device(self.model.module, self.model, torch.device("cpu") if sharded else device)
+        self._blueprint = blueprint(self.module) if sharded else None
         self.ema = None if config.ema is None else Ema(self.module, decay=config.ema)
         if config.batch_norm == "synced":
             sync_norms(self.module, workers)
+        self._trainee = Trainee(self.module, self.model.spec)
+        if sharded:
+            shard(self._trainee, shard_units(self.module, config.optimizer.backbone), workers, device)
+            if self.ema is not None:
+                shard_like(self.ema.module, self.module, device)
         self._objective = objective(config, self.model, device)
         self.optimizer = build_optimizer(self.module, optimizer_options(config))
         self.scaler = torch.amp.GradScaler(device.type) if config.precision == "fp16" else None
+        self.record = Record(
+            config,
+            self.model,
+            fingerprint=self.plan.fingerprint,
+            run_id=run_id or workers.gather(uuid.uuid4().hex)[0],
+        )
         self.steps_per_epoch = -(-self.plan.images // config.batch_images)
         self._schedule = schedule_options(config, self.steps_per_epoch)
         threads = thread_count(config.resources.decode_threads)
-        self._reader = SampleReader(
-            open_source(config.source),
-            self.plan,
-            TaskTargets(config.target, config.source, task, taxonomy),
-            augment_options(config, self.model),
-            seed=config.seed,
-            max_pixels=config.source.max_pixels,
-            threads=threads,
+        self._reader = step_reader(
+            GroupReader(open_source(config.source), self.plan, threads=threads),
+            Preparation(
+                targets=TaskTargets(
+                    config.target, config.source, task, taxonomy, background=self.model.spec.background
+                ),
+                options=augment_options(config, self.model),
+                seed=config.seed,
+                max_pixels=config.source.max_pixels,
+                border=border_weights(config, self.model),
+            ),
         )
         self._validator = None
         if config.validation is not None:
@@ -123,41 +151,32 @@ class TrainingLoop:
             self._validator = Validator(
                 config.validation, config.target, given, self.model, device=device, threads=threads
             )
-        self.headline = config.checkpoint.best or HEADLINES[task]
-        self._figures = [*Scores().figures(task, taxonomy)]
-        if self.headline not in self._figures:
-            raise ConfigError(f"checkpoint.best must be one of {', '.join(self._figures)}, got {self.headline!r}")
-        self.store = CheckpointStore(
-            config.output.uri,
-            config.output.storage,
-            keep=config.checkpoint.keep,
-            lower_is_better=lower_is_better(self.headline),
-            attempts=config.checkpoint.attempts,
-        )
-        self.history: list[Row] = []
         self._progress = _Progress()
 
     def restore(self) -> bool:
         """Go on from the newest whole checkpoint of the output, if there is one. All workers call it.
 
-        Raises SourceChangedError or ConfigError where images, batches or seed are others than the checkpoint's: what
-        of the epoch is left to see could not be told.
+        Raises what `Record.resume` raises, CheckpointError and StorageError.
         """
-        found = None
+        found, problem = None, None
         if self.workers.rank == 0:
-            self.store.clean()
-            found = self.store.newest()
-        name = self.workers.gather(found[0].name if found else None)[0]
+            try:
+                self.record.store.clean()
+                found = self.record.store.newest()
+            except RunError as error:
+                problem = error
+        # Told to the others, who would wait for ever for a worker that has gone.
+        name, failed = self.workers.gather([found and found[0].name, problem and str(problem)])[0]
+        if failed is not None:
+            raise problem or CheckpointError(failed)
         if name is None:
             return False
         if found is None:
-            checkpoint = next(item for item in self.store.list() if item.name == name)
-            found = (checkpoint, *self.store.read(checkpoint))
+            checkpoint = next(item for item in self.record.store.list() if item.name == name)
+            found = (checkpoint, *self.record.store.read(checkpoint))
         _, model, state, meta = found
-        self._check(meta["order"])
+        self.record.resume(meta)
         put_back(model, state, meta["state"], self.module, self.optimizer, self.scaler, self.ema)
-        self.history = meta["history"]
-        self.run_id = meta["run_id"]
         progress = {**meta["progress"], "failures": []}
         if self.workers.rank == 0:
             progress["failures"] = [Failure(*failure) for failure in meta["progress"]["failures"]]
@@ -172,8 +191,8 @@ class TrainingLoop:
     def run(self, should_stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
         """Train to the end, or until any worker's `should_stop` says so (asked once a step).
 
-        Raises TrainingDivergedError, FailureBudgetExceeded, and StorageError where the last checkpoint cannot be
-        written.
+        Raises TrainingDivergedError, FailureBudgetExceeded, and CheckpointNotWrittenError where the last checkpoint or
+        the model cannot be written.
         """
         config = self.config
         while self._progress.epoch < config.epochs:
@@ -183,14 +202,16 @@ class TrainingLoop:
                 if isinstance(event, Stopped):
                     return
             last = self._progress.epoch == config.epochs - 1
-            row, failures = self._close_epoch(last, images_before, time.monotonic() - began)
+            row, failures, shown = self._close_epoch(last, images_before, time.monotonic() - began)
             yield EpochDone(row=row, failures=failures)
+            yield from self._show(shown)
             if last or self._progress.epoch % config.checkpoint.every_epochs == 0:
-                yield from self._save(row.get(self.headline), must=last)
+                yield from self._save(row.get(self.record.headline), must=last)
         if self.workers.rank == 0:
-            chosen = self.store.best() or self.store.list()[-1]
-            uri = join(config.output.uri, "checkpoint")
-            self.store.publish(chosen, uri, config.output.storage)
+            try:
+                uri, chosen = self.record.publish()
+            except StorageError as error:
+                raise CheckpointNotWrittenError(f"the model was not written: {error}; {GO_ON}") from error
             yield Saved(uri=uri, checkpoint=chosen, published=True)
 
     def _epoch(self, should_stop: Callable[[], bool]) -> Iterator[Event]:
@@ -198,18 +219,20 @@ class TrainingLoop:
         config, progress, epoch = self.config, self._progress, self._progress.epoch
         stepper = self._begin(epoch)
         order = EpochOrder(self.plan.named_rows, seed=config.seed, epoch=epoch, shuffle_images=config.shuffle_images)
-        steps = self._reader.steps(
-            order,
+        own = Share(
+            order=order,
             epoch=epoch,
             batch_images=config.batch_images,
             first_step=progress.step,
             worker=self.workers.rank,
             workers=self.workers.size,
         )
-        for share in steps:
+        # One step's batches are put together while the one before is learned from.
+        ready = ((share, self._batches(share)) for share in self._reader.steps(own))
+        for share, batches in read_ahead(ready, count=1, weight=lambda _: 0, limit=1):
             torch.manual_seed(_step_seed(config.seed, epoch, share.step, self.workers.rank))
             failures = [item.failure for item in share.items if item.failure is not None]
-            result = stepper.gradients(self._batches(share), failed=len(failures), stop=should_stop())
+            result = stepper.gradients(batches, failed=len(failures), stop=should_stop())
             learning_rate = config.optimizer.learning_rate * learning_rate_factor(progress.done, self._schedule)
             self._require_finite(share, result, learning_rate)
             stepper.update(learning_rate)
@@ -241,11 +264,10 @@ class TrainingLoop:
             frozen_norms=config.batch_norm == "frozen",
             name=optimizer.backbone,
         )
-        trainee = Trainee(self.module, self.model.spec)
         if self.model.compile:
-            trainee.compile()
+            self._trainee.compile()
         return Stepper(
-            wrap(trainee, self.workers, self.device),
+            wrap(self._trainee, self.workers, self.device),
             self._objective,
             self.optimizer,
             self.model.preprocess,
@@ -268,7 +290,7 @@ class TrainingLoop:
                 batches.append(collate(members, preprocess, void_id=void_id))
             else:
                 batches.append(blank_batch(TARGETS[self.model.spec.task], preprocess, void_id=void_id))
-        return batches
+        return [batch.pinned() for batch in batches] if self.device.type == "cuda" else batches
 
     def _require_finite(self, share: StepItems, result: StepResult, learning_rate: float) -> None:
         scale = None if self.scaler is None else float(self.scaler.get_scale())
@@ -285,18 +307,18 @@ class TrainingLoop:
             "gradient_scale": scale,
             "image_ids": ids,
         }
-        where = ""
-        if self.workers.rank == 0:
-            with contextlib.suppress(StorageError):
-                data = json.dumps(report, indent=1).encode()
-                where = f"; all in {self.store.put(f'diverged-{epoch:04d}-{step:06d}.json', data)}"
+        # Whichever worker is heard first names the file.
+        path = self.workers.gather(self.record.diverged(report) if self.workers.rank == 0 else "")[0]
+        where = f"; all in {path}" if path else ""
         raise TrainingDivergedError(
             f"expected a finite loss and gradient, got {result.loss} and {result.gradient_norm} in step {step} of "
             f"epoch {epoch} at a learning rate of {learning_rate:g}, with {', '.join(ids[:8])}"
             f"{f' and {len(ids) - 8} more' if len(ids) > 8 else ''}{where}"
         )
 
-    def _close_epoch(self, last: bool, images_before: int, seconds: float) -> tuple[Row, tuple[Failure, ...]]:
+    def _close_epoch(
+        self, last: bool, images_before: int, seconds: float
+    ) -> tuple[Row, tuple[Failure, ...], tuple[Shown, ...]]:
         """Validate, add to the history, and go on to the next epoch."""
         config, progress = self.config, self._progress
         failures = self._all_failures()
@@ -304,7 +326,7 @@ class TrainingLoop:
         if progress.failed > config.failure_budget * seen:
             first = "; ".join(f"{item.image_id}: {item.error_type}: {item.message}" for item in failures[:3])
             raise FailureBudgetExceeded(
-                f"{progress.failed} of {seen} images of epoch {progress.epoch} could not be learned from, over the "
+                f"{progress.failed} of {seen} images of epoch {progress.epoch + 1} could not be learned from, over the "
                 f"failure_budget of {config.failure_budget:g}: {first}"
             )
         row: dict[str, Any] = {
@@ -318,15 +340,21 @@ class TrainingLoop:
             "images_per_s": (progress.images - images_before) / seconds,
         }
         every = config.validation.every_epochs if config.validation is not None else 1
+        shown: tuple[Shown, ...] = ()
         if self._validator is not None and (last or (progress.epoch + 1) % every == 0):
-            row |= self._validate(self._validator)
-        self.history.append(row)
+            figures, shown = self._validate(self._validator)
+            row |= figures
+        row["ended_at"] = time.time()
+        self.record.history.append(row)
         self._progress = _Progress(epoch=progress.epoch + 1, done=progress.done)
-        return row, tuple(failures)
+        return row, tuple(failures), shown
 
-    def _validate(self, validator: Validator) -> dict[str, float | None]:
+    def _validate(self, validator: Validator) -> tuple[dict[str, float | None], tuple[Shown, ...]]:
         module: nn.Module = self.module if self.ema is None else self.ema.module
         self.workers.same_state(module)
+        if self._blueprint is not None:
+            # Workers score as many batches as fall to them, which a sharded module could not.
+            module = full_copy(self._blueprint, module, self.device)
         scores = validator.score(module, self.workers)
         if scores.images == 0:
             first = scores.failures[0]
@@ -336,7 +364,7 @@ class TrainingLoop:
             )
         figures = scores.figures(self.model.spec.task, self.model.taxonomy)
         counts = {"validation_images": scores.images, "validation_failed": len(scores.failures)}
-        return {**finite(figures), **counts}
+        return {**finite(figures), **counts}, scores.shown
 
     def _all_failures(self) -> list[Failure]:
         """Every worker's listed failures."""
@@ -344,74 +372,34 @@ class TrainingLoop:
         return [Failure(*item) for part in self.workers.gather(own) for item in part]
 
     def _save(self, figure: float | int | None, *, must: bool) -> Iterator[Event]:
-        """Write a checkpoint and the history. All workers call it. must: raise where storage fails."""
+        """Write a checkpoint. All workers call it. must: raise where storage fails."""
         progress = replace(self._progress, failures=self._all_failures())
         self.workers.same_state(self.module)
-        if self.workers.rank != 0:
+        keep = self.workers.rank == 0
+        model, tensors, state = capture(self.module, self.optimizer, self.scaler, self.ema, keep=keep)
+        if not keep:
             return
-        model, tensors, state = capture(self.module, self.optimizer, self.scaler, self.ema)
-        meta = {
-            "run_id": self.run_id,
-            "order": self._order(),
-            "progress": {
-                **{name: getattr(progress, name) for name in ("epoch", "step", "done", "loss_sum", "images", "failed")},
-                "failures": [[item.image_id, item.error_type, item.message] for item in progress.failures],
-            },
-            "history": self.history,
-            "state": state,
+        place = {
+            **{name: getattr(progress, name) for name in ("epoch", "step", "done", "loss_sum", "images", "failed")},
+            "failures": [[item.image_id, item.error_type, item.message] for item in progress.failures],
         }
         try:
-            checkpoint = self.store.save(
-                step=progress.done,
-                model=model,
-                spec=self._spec(),
-                state=tensors,
-                meta=meta,
-                figure=None if figure is None else float(figure),
-            )
-            if self.history:
-                self.store.put("metrics.jsonl", json_lines(self.history))
-                self.store.put("metrics.parquet", parquet(self.history))
-                self.store.put("curve.png", curve_png(self.history, ("loss", self.headline)))
+            checkpoint = self.record.save(model, tensors, state, place, figure)
         except StorageError as error:
             if must:
-                raise
+                text = f"the checkpoint of step {progress.done} was not written: {error}; {GO_ON}"
+                raise CheckpointNotWrittenError(text) from error
             yield SaveFailed(error=error)
             return
-        yield Saved(uri=self.store.uri(checkpoint), checkpoint=checkpoint)
+        yield Saved(uri=self.record.store.uri(checkpoint), checkpoint=checkpoint)
 
-    def _spec(self) -> dict[str, Any]:
-        # Of these weights, or of none: a checkpoint in the middle of an epoch has not been validated.
-        last: Row = self.history[-1] if self.history and self.history[-1]["step"] == self._progress.done else {}
-        return {
-            **model_spec(self.config, self.model),
-            "metrics": {name: last[name] for name in self._figures if name in last},
-            "run_id": self.run_id,
-            "epoch": self._progress.epoch,
-            "step": self._progress.done,
-            "data": {"source": redacted(self.config)["source"], "fingerprint": self.plan.fingerprint},
-        }
-
-    def _order(self) -> dict[str, Any]:
-        """What the place of every image depends on."""
-        config = self.config
-        return {
-            "fingerprint": self.plan.fingerprint,
-            "seed": config.seed,
-            "batch_images": config.batch_images,
-            "shuffle_images": config.shuffle_images,
-        }
-
-    def _check(self, stored: dict[str, Any]) -> None:
-        now = self._order()
-        if stored["fingerprint"] != now["fingerprint"]:
-            raise SourceChangedError("the training images are not those of the checkpoint; train into another output")
-        for name, value in now.items():
-            if stored[name] != value:
-                raise ConfigError(
-                    f"{name} must be {stored[name]} as in the checkpoint that training goes on from, got {value}; "
-                    "train into another output to change it"
-                )
+    def _show(self, shown: Sequence[Shown]) -> Iterator[Event]:
+        """What a person watches; what cannot be written stops nothing."""
+        if self.workers.rank == 0:
+            try:
+                self.record.show(shown)
+            except StorageError as error:
+                yield SaveFailed(error=error, what="history")
 
 
 def _step_seed(seed: int, epoch: int, step: int, rank: int) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
 from pipeline.training.backbone import backbone_stages
+from pipeline.training.sharding import whole
 
 __all__ = ["OptimizerOptions", "build_optimizer", "clip_gradients", "parameter_groups", "set_learning_rate"]
 
@@ -110,7 +111,7 @@ def clip_gradients(
     if scaler is not None:
         scaler.unscale_(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = nn.utils.get_total_norm(parameter.grad for parameter in parameters if parameter.grad is not None)
+    norm = whole(nn.utils.get_total_norm(parameter.grad for parameter in parameters if parameter.grad is not None))
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm

@@ -6,10 +6,11 @@ and a run may be resumed with another number. Nothing is drawn from a generator,
 Axes: N images of a group.
 """
 
+import bisect
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,20 +52,21 @@ class EpochOrder:
                 size = 0
             self._groups[-1].append(unit)
             size += self._rows[unit]
+        sizes = [sum(self._rows[unit] for unit in units) for units in self._groups]
+        self._firsts = [*itertools.accumulate(sizes[:-1], initial=0)]
 
     def steps(self, batch_images: int) -> int:
         """Batches of an epoch; the last one may be smaller."""
         return -(-self.images // batch_images)
 
-    def groups(self, start: int = 0) -> Iterator[Group]:
-        """The groups from that of place `start` on, in order. Those before it cost nothing."""
-        sizes = [sum(self._rows[unit] for unit in units) for units in self._groups]
-        firsts = itertools.accumulate(sizes, initial=0)
-        for first, size, units in zip(firsts, sizes, self._groups, strict=False):
-            if first + size > start:
-                yield self._group(first, units)
+    def groups_from(self, start: int) -> range:
+        """Numbers of the groups from that of place `start` on; those before it cost nothing."""
+        first = bisect.bisect_right(self._firsts, start) - 1 if start < self.images else len(self._groups)
+        return range(first, len(self._groups))
 
-    def _group(self, first: int, units: list[int]) -> Group:
+    def group(self, number: int) -> Group:
+        """A group by its number in the epoch."""
+        first, units = self._firsts[number], self._groups[number]
         unit_N = np.repeat(np.array(units, np.int64), [self._rows[unit] for unit in units])
         position_N = np.concatenate([np.arange(self._rows[unit], dtype=np.int64) for unit in units])
         key_N = np.repeat(np.array([self._keys[unit] for unit in units], np.uint64), [self._rows[u] for u in units])

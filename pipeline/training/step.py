@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.models.spec import Frame, ModelSpec, Preprocess
 from pipeline.training.batch import MicroBatch
-from pipeline.training.losses.instances import detection_losses
 from pipeline.training.losses.term import LossTerm, Objective, combine, no_loss
 from pipeline.training.norms import blank_pass
 from pipeline.training.optim import clip_gradients, set_learning_rate
@@ -29,7 +29,8 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainee(nn.Module):
-    """A model with everything that its forward pass in training takes, as DistributedDataParallel wants it."""
+    """A model with everything that its forward pass in training takes, as DistributedDataParallel and fully_shard want
+    it."""
 
     def __init__(self, module: nn.Module, spec: ModelSpec) -> None:
         super().__init__()
@@ -37,19 +38,19 @@ class Trainee(nn.Module):
         self.spec = spec
 
     def forward(self, image_BCHW: Tensor, frames: Sequence[Frame], objects: Sequence[Any]) -> Any:
-        """The model's output, or for instances its losses by name."""
-        if self.spec.task == "instance":
-            sizes = [(frame.prepared_height, frame.prepared_width) for frame in frames]
-            return detection_losses(self.module, image_BCHW, sizes, objects)
+        """The model's output, or where its losses come with it those by name."""
+        if self.spec.losses is not None:
+            return self.spec.losses(self.module, image_BCHW, frames, objects)
         return self.spec.forward(self.module, image_BCHW, frames)
 
 
 def wrap(trainee: Trainee, workers: Workers, device: torch.device) -> nn.Module:
     """The trainee as it is called; with several workers, gradients are averaged over them.
 
-    It notes what learns, so it is built anew whenever something is frozen or thawed.
+    It notes what learns, so it is built anew whenever something is frozen or thawed. A trainee that is sharded
+    (sharding.py) averages by itself.
     """
-    if workers.size == 1:
+    if workers.size == 1 or isinstance(trainee, FSDPModule):
         return trainee
     ids = [device] if device.type == "cuda" else None
     return DistributedDataParallel(trainee, device_ids=ids, process_group=workers.group)
@@ -117,7 +118,7 @@ class Stepper:
         sums = [torch.stack([weights[name].double() for weights in own]).sum() for name in names]
         counts = torch.tensor([images, failed, stop], dtype=torch.float64, device=self._device)
         whole = self._workers.sum(torch.cat([torch.stack(sums), counts]))
-        # DistributedDataParallel averages gradients over workers, so each divides by the mean of their weights.
+        # Gradients are averaged over workers, so each divides by the mean of their weights.
         divisors = {name: (whole[at] / self._workers.size).float() for at, name in enumerate(names)}
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
         for at, batch in enumerate(batches):
@@ -146,7 +147,9 @@ class Stepper:
         with contextlib.ExitStack() as stack:
             if batch.blank:
                 stack.enter_context(blank_pass(called))
-            if not exchange and isinstance(called, DistributedDataParallel):
+            if isinstance(called, FSDPModule):
+                called.set_requires_gradient_sync(exchange)
+            elif not exchange and isinstance(called, DistributedDataParallel):
                 stack.enter_context(called.no_sync())
             image_BCHW = batch.normalised(self._preprocess, self._memory_format)
             with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype is not None):

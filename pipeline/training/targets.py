@@ -18,7 +18,15 @@ from pipeline.masks import decode_rle
 from pipeline.metrics.detection_match import Objects
 from pipeline.taxonomy import Taxonomy
 
-__all__ = ["InstanceMasks", "class_index_map", "instance_masks", "torchvision_target"]
+__all__ = [
+    "InstanceMasks",
+    "class_index_map",
+    "instance_masks",
+    "mask_of",
+    "output_labels",
+    "rle_texts",
+    "torchvision_target",
+]
 
 IDS = 1 << 16
 UNKNOWN = -1
@@ -73,42 +81,76 @@ class InstanceMasks:
 
 
 def instance_masks(
-    annotations: Sequence[Mapping[str, Any]], *, height: int, width: int, taxonomy: Taxonomy
+    annotations: Sequence[Mapping[str, Any]], *, height: int, width: int, taxonomy: Taxonomy, boxes: bool = False
 ) -> InstanceMasks:
     """COCO annotations of one image (as `read_instances` gives them) as masks and labels.
 
-    height, width: of the image, pixels. Labels are the taxonomy's ids, as the model's outputs are; 0 is torchvision's
-    background. Raises TargetMismatchError for ids that the taxonomy lacks and for what is no mask of that size,
-    ConfigError for a taxonomy with a category 0.
+    height, width: of the image, pixels. boxes: an annotation without a segmentation is its box. Labels are the
+    taxonomy's ids. Raises TargetMismatchError for ids that the taxonomy lacks and for what is no mask of that size.
     """
-    if 0 in taxonomy.ids:
-        raise ConfigError(f"taxonomy {taxonomy.name} has a category 0, which is the background of an instance model")
     unknown = sorted({item["category_id"] for item in annotations} - set(taxonomy.ids))
     if unknown:
         raise TargetMismatchError(f"the target has categories that {taxonomy.name} lacks: {unknown[:10]}")
     single = [item for item in annotations if not item.get("iscrowd", 0)]
+    if boxes:
+        single = [item if item.get("segmentation") else {**item, "segmentation": _corners(item)} for item in single]
     masked = [item for item in single if item.get("segmentation")]
-    if len(masked) * height * width > MAX_MASK_BYTES:
-        raise TargetMismatchError(
-            f"expected masks of at most {MAX_MASK_BYTES} pixels in all, got {len(masked)} of {width}x{height}"
-        )
-    objects = Objects.from_annotations(masked, height=height, width=width)
+    texts = rle_texts(masked, height=height, width=width)
     masks_NHW = np.zeros((len(masked), height, width), np.uint8)
-    for mask_HW, rle in zip(masks_NHW, objects.rles(), strict=True):
-        counts = rle["counts"]
-        try:
-            text = counts if isinstance(counts, str) else counts.decode("ascii")
-            mask_HW[:] = decode_rle(text, width=width, height=height)
-        except (SchemaError, UnicodeDecodeError) as error:
-            raise TargetMismatchError(f"expected masks of {width}x{height}: {error}") from error
+    for mask_HW, text in zip(masks_NHW, texts, strict=True):
+        mask_HW[:] = mask_of(text, height=height, width=width)
     filled_N = masks_NHW.any((1, 2))
     return InstanceMasks(
         masks_NHW=torch.from_numpy(masks_NHW[filled_N]),
-        labels_N=torch.from_numpy(objects.category_id[filled_N]),
+        labels_N=torch.from_numpy(np.array([item["category_id"] for item in masked], np.int64)[filled_N]),
         crowds=len(annotations) - len(single),
         maskless=len(single) - len(masked),
         empty=int(len(masked) - filled_N.sum()),
     )
+
+
+def _corners(annotation: Mapping[str, Any]) -> list[list[float]]:
+    """The box of an annotation as a polygon, none where there is no box."""
+    try:
+        x, y, w, h = (float(value) for value in annotation["bbox"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise TargetMismatchError(f"expected a bbox of x, y, w and h, got {annotation.get('bbox')!r:.80}") from error
+    return [[x, y, x + w, y, x + w, y + h, x, y + h]]
+
+
+def output_labels(labels_N: Tensor, taxonomy: Taxonomy, *, background: bool) -> Tensor:
+    """Ids of a taxonomy as outputs of a model (see `ModelSpec.background`). Raises ConfigError for a taxonomy with a
+    category 0 where that is the background."""
+    if background:
+        if 0 in taxonomy.ids:
+            raise ConfigError(f"taxonomy {taxonomy.name} has a category 0, which is the background of this model")
+        return labels_N
+    places = {id_: place for place, id_ in enumerate(taxonomy.ids)}
+    return torch.tensor([places[id_] for id_ in labels_N.tolist()], dtype=torch.int64)
+
+
+def rle_texts(masked: Sequence[Mapping[str, Any]], *, height: int, width: int) -> list[str]:
+    """The segmentations of annotations that have one, as compressed run lengths.
+
+    Raises TargetMismatchError for what is no mask of that size, and where unpacking them all would take too much.
+    """
+    if len(masked) * height * width > MAX_MASK_BYTES:
+        raise TargetMismatchError(
+            f"expected masks of at most {MAX_MASK_BYTES} pixels in all, got {len(masked)} of {width}x{height}"
+        )
+    counts = [rle["counts"] for rle in Objects.from_annotations(masked, height=height, width=width).rles()]
+    try:
+        return [item if isinstance(item, str) else item.decode("ascii") for item in counts]
+    except UnicodeDecodeError as error:
+        raise TargetMismatchError(f"expected masks of {width}x{height}: {error}") from error
+
+
+def mask_of(text: str, *, height: int, width: int) -> npt.NDArray[np.bool_]:
+    """One of `rle_texts` as mask_HW. Raises TargetMismatchError."""
+    try:
+        return decode_rle(text, width=width, height=height)
+    except SchemaError as error:
+        raise TargetMismatchError(f"expected masks of {width}x{height}: {error}") from error
 
 
 def torchvision_target(masks_NHW: Tensor, labels_N: Tensor) -> dict[str, Tensor]:

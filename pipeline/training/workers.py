@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 __all__ = ["Workers", "summed"]
 
@@ -57,8 +58,10 @@ class Workers:
 
     @torch.no_grad()
     def same_state(self, module: nn.Module) -> None:
-        """Make a module's weights and buffers those of rank 0: local batch statistics differ between workers."""
-        self.copy_from_first(tensor.detach() for tensor in module.state_dict().values())
+        """Make a module's weights and buffers those of rank 0: local batch statistics differ between workers. Weights
+        of which each worker has a part stay as they are."""
+        tensors = module.state_dict().values()
+        self.copy_from_first(tensor.detach() for tensor in tensors if not isinstance(tensor, DTensor))
 
 
 class _Summed(torch.autograd.Function):

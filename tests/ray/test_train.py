@@ -42,7 +42,10 @@ def run_train(output: Path, *arguments: str) -> int:
 def history(output: Path) -> list[dict[str, Any]]:
     """What is the same for every run of the same seed: not how long it took."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in ("seconds", "images_per_s")} for row in rows]
+    return [
+        {name: value for name, value in row.items() if name not in ("seconds", "images_per_s", "ended_at")}
+        for row in rows
+    ]
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
@@ -80,6 +83,31 @@ def test_two_workers_learn_what_one_does(tmp_path: Path) -> None:
     (alone,), (together,) = history(tmp_path / "one"), history(tmp_path / "two")
     assert alone["loss"] == pytest.approx(together["loss"], rel=1e-6)
     assert alone["mIoU"] == pytest.approx(together["mIoU"], abs=1e-3)
+
+
+def test_reading_on_ray_data_learns_the_same(trained: Path, tmp_path: Path) -> None:
+    """Order, shares and pixels are those of reading in the worker, with two workers as with one."""
+    split = ("resources.layout=split", "resources.readers=1", "resources.cpus_per_worker=0.3")
+    assert run_train(tmp_path / "one", *EXACT, "epochs=3", *split) == 0
+    assert all(torch.equal(tensor, weights(tmp_path / "one")[name]) for name, tensor in weights(trained).items())
+    assert history(tmp_path / "one") == history(trained)
+
+
+def test_a_split_layout_without_room_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_train(tmp_path, "resources.layout=split", "resources.cpus_per_worker=2", "epochs=1") == 2
+    assert "expected 1.25 CPUs for each of 1 workers beside their own 2" in capsys.readouterr().err
+
+
+def test_it_begins_with_the_workers_that_there_is_room_for(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of three workers two fit; what they learn is what any number of workers learns."""
+    elastic = ("resources.workers=3", "resources.min_workers=1", "resources.cpus_per_worker=1")
+    assert run_train(tmp_path, *EXACT, "epochs=3", *elastic) == 0
+    assert "from the beginning with 2 of 3 workers" in capsys.readouterr().err
+    for row, alone in zip(history(tmp_path), history(trained), strict=True):
+        assert row["images"] == 24
+        assert row["loss"] == pytest.approx(alone["loss"], rel=1e-4)
 
 
 def test_a_run_that_has_ended_has_nothing_to_do(trained: Path) -> None:

@@ -1,20 +1,24 @@
 """The stages of real models' backbones, and that what is frozen does not move."""
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
 import torch
+from tiny_models import TINY
 from torch import nn
 
 from pipeline.errors import ConfigError
 from pipeline.models.registry import MODELS
-from pipeline.models.unet import UNetSmall
+from pipeline.models.zoo.unet import UNetSmall
+from pipeline.taxonomy import load_taxonomy
 from pipeline.training.backbone import backbone_stages, freeze, train_mode
 from pipeline.training.optim import OptimizerOptions, build_optimizer
 
 RESNET = [["conv1", "bn1"], ["layer1"], ["layer2"], ["layer3"], ["layer4"]]
 MOBILENET = [[str(n)] for n in range(17)]
+VGG = [[f"conv{n}"] for n in range(1, 6)]
 STAGES: dict[str, tuple[str, list[list[str]]]] = {
     "unet_small": ("encoder", [[str(n)] for n in range(5)]),
     "fcn_resnet50": ("backbone", RESNET),
@@ -24,26 +28,111 @@ STAGES: dict[str, tuple[str, list[list[str]]]] = {
     "deeplabv3_mobilenet_v3_large": ("backbone", MOBILENET),
     "lraspp_mobilenet_v3_large": ("backbone", MOBILENET),
     "maskrcnn_resnet50_fpn_v2": ("backbone.body", RESNET),
+    "segnet": ("encoder", [[str(n)] for n in range(5)]),
+    "unet_2015": ("encoder", [[str(n)] for n in range(5)]),
+    "unet": ("encoder", RESNET),
+    "deeplabv3plus": ("encoder", RESNET),
+    "fpn": ("encoder", RESNET),
+    "pspnet": ("encoder", RESNET),
+    "upernet": ("encoder", RESNET),
+    "segformer": (
+        "encoder",
+        [[part] for n in range(1, 5) for part in (f"patch_embed{n}", f"block{n}", f"norm{n}")],
+    ),
+    "unet_small_depth": ("encoder", [[str(n)] for n in range(5)]),
+    **dict.fromkeys(("fcn32s", "fcn16s", "fcn8s", "dilated_vgg16"), ("encoder", [*VGG, ["fc6", "fc7"]])),
+    **dict.fromkeys(("deeplab_v1_largefov", "deeplab_v2_vgg16"), ("encoder", [*VGG, ["fc6"], ["fc7"]])),
+    "deconvnet": ("encoder", [*VGG, ["fc6", "fc6_norm", "fc7", "fc7_norm"]]),
+    "deeplab_v2_resnet101": ("backbone", RESNET),
+    "segmenter": ("encoder", [["patch_embed"], ["blocks"], ["norm"]]),
+    "dpt_depth": ("dpt", [["embeddings"], *([f"encoder.layer.{n}"] for n in range(24))]),
+}
+# Of the backbone itself, and of none of its stages.
+LOOSE = {"segmenter": {"cls_token", "pos_embed"}}
+# Not on the meta device: its stochastic depth is read off a tensor while it is built.
+REAL = {"segformer"}
+# Stages of the others, as small as tests have them.
+COUNTS = {
+    "dpt_segmentation": 5,
+    "fasterrcnn_resnet50_fpn_v2": 5,
+    "maskrcnn": 5,
+    "fastrcnn": 5,
+    "mnc": 5,
+    "retinanet_resnet50_fpn_v2": 5,
+    "fcos_resnet50_fpn": 5,
+    "yolo_v1": 1,
+    **dict.fromkeys(("rtdetr", "rtdetr_v2", "dfine"), 5),
+    "rfdetr_seg": 6,
+    **dict.fromkeys(("maskformer", "mask2former", "mask2former_instance", "oneformer", "oneformer_instance"), 2),
+    "midas_hybrid": 5,
+    **dict.fromkeys(("depth_anything_v2", "depth_anything_v2_metric", "depth_anything_v2_metric_outdoor"), 6),
+    "zoedepth": 1,
+    **dict.fromkeys(("rcnn", "overfeat", "hypercolumns", "sds"), 6),
+    "sppnet": 5,
+}
+# Those without one place to look: small nets of their own, two models in one, or a transformer that is all there is.
+WITHOUT = {
+    "null_model",
+    "recurrent_cnn",
+    "multiscale_cnn",
+    "hog_svm",
+    "panoptic_merge",
+    "eomt",
+    "eomt_instance",
+    "depth_pro",
+    "sam",
+    "sam2",
+    "grounded_sam2",
 }
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "null_model"])
-def test_every_model_of_the_registry_has_its_stages(name: str) -> None:
-    with torch.device("meta"):
+def tiny(name: str) -> nn.Module:
+    spec = MODELS[name]
+    known = inspect.signature(spec.build).parameters
+    options = {key: value for key, value in {**(spec.options or {}), **TINY[name]}.items() if key in known}
+    return spec.module(load_taxonomy(spec.taxonomy), options)
+
+
+def test_every_model_is_known() -> None:
+    assert sorted([*STAGES, *COUNTS, *WITHOUT]) == sorted(MODELS)
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT))
+def test_a_model_without_a_backbone_says_so(name: str) -> None:
+    with pytest.raises(ConfigError, match="expected a backbone at"):
+        backbone_stages(tiny(name))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_published_models_have_their_stages(name: str) -> None:
+    with torch.device("cpu" if name in REAL else "meta"):
         module = MODELS[name].build(21)
     path, expected = STAGES[name]
-    names = {child: key for key, child in module.get_submodule(path).named_children()}
+    names = {child: key for key, child in module.get_submodule(path).named_modules()}
     stages = backbone_stages(module)
     assert [[names[child] for child in stage] for stage in stages] == expected
     # Together they are all that the backbone learns.
     found = [parameter for stage in stages for child in stage for parameter in child.parameters()]
-    assert {id(parameter) for parameter in found} == {id(p) for p in module.get_submodule(path).parameters()}
+    known = dict(module.get_submodule(path).named_parameters())
+    loose = {id(known[key]) for key in LOOSE.get(name, ())}
+    assert {id(parameter) for parameter in found} == {id(p) for p in known.values()} - loose
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_other_models_have_stages_too(name: str) -> None:
+    module = tiny(name)
+    stages = backbone_stages(module)
+    assert len(stages) == COUNTS[name]
+    found = [id(parameter) for stage in stages for child in stage for parameter in child.parameters()]
+    assert found
+    assert set(found) < {id(parameter) for parameter in module.parameters()}
+    assert len(set(found)) == len(found)
 
 
 def test_a_backbone_may_be_named() -> None:
     module = nn.ModuleDict({"features": nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Sequential(nn.Linear(1, 1)))})
     assert [len(stage) for stage in backbone_stages(module, "features")] == [1, 1]
-    with pytest.raises(ConfigError, match=r"at backbone.body, backbone or encoder, got a model of features"):
+    with pytest.raises(ConfigError, match=r"at backbone.body, backbone, .*, got a model of features"):
         backbone_stages(module)
     with pytest.raises(ConfigError, match=r"at 'features.9', got a model of features"):
         backbone_stages(module, "features.9")

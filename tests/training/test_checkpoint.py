@@ -145,6 +145,46 @@ def test_passing_faults_are_waited_out(tmp_path: Path) -> None:
     assert equal(found[1], tensors(7))
 
 
+class Unsteady:
+    """A file system that some of the first reads and listings of fail."""
+
+    def __init__(self, fs: Any, times: int) -> None:
+        self.fs, self.times = fs, times
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("open", "ls") and self.times > 0:
+            self.times -= 1
+            raise OSError("connection reset")
+        return getattr(self.fs, name)
+
+
+@pytest.mark.parametrize("times", [1, 3, 4])
+def test_passing_faults_of_reading_are_waited_out(times: int, tmp_path: Path) -> None:
+    save(store(tmp_path), 7)
+    pauses: list[float] = []
+    there = store(tmp_path, pause=pauses.append, attempts=4)
+    there.fs = Unsteady(there.fs, times)
+    if times == 4:
+        with pytest.raises(StorageError, match="connection reset"):
+            there.newest()
+    else:
+        found = there.newest()
+        assert found is not None
+        assert equal(found[1], tensors(7))
+    assert pauses == [1.0, 2.0, 4.0][:times]
+
+
+def test_what_is_missing_is_not_waited_for(tmp_path: Path) -> None:
+    pauses: list[float] = []
+    there = store(tmp_path, pause=pauses.append)
+    assert there.newest() is None
+    gone = save(there, 1)
+    (tmp_path / "checkpoints" / gone.name / "state.json").unlink()
+    with pytest.raises(CheckpointError, match=r"state\.json is missing"):
+        there.newest()
+    assert pauses == []
+
+
 def damage_cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.models.unet import UNetSmall
+from pipeline.models.zoo.unet import UNetSmall
 from pipeline.training.ema import Ema, ema_decay
 
 

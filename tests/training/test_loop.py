@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from border_helpers import weight_formula
 from PIL import Image
 from torch import Tensor
 from training_helpers import CPU, config, run_loop, run_workers, train_and_stop
@@ -24,6 +26,7 @@ from pipeline.errors import (
 )
 from pipeline.models.load import load_model
 from pipeline.sources.registry import open_source
+from pipeline.sources.scenes import render_scene
 from pipeline.training.events import EpochDone, Event, Saved, SaveFailed, StepDone, Stopped
 from pipeline.training.history import Row
 from pipeline.training.loop import TrainingLoop
@@ -32,7 +35,7 @@ from pipeline.training.plan import plan_source
 from pipeline.training.workers import Workers
 
 CHANGED = ("source", "validation", "model", "target", "augment", "batch_images", "accumulate")
-CLOCK = {"seconds", "images_per_s"}
+CLOCK = {"seconds", "images_per_s", "ended_at"}
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +97,7 @@ def test_resumed_is_uninterrupted(variant: str, stop: int, tmp_path: Path) -> No
     assert len(of_kind(after, StepDone)) == 8 - stop
     assert_equal(state(second), state(whole))
     assert rows(before) + rows(after) == rows(events)
-    assert second.run_id == first.run_id != whole.run_id
+    assert second.record.run_id == first.record.run_id != whole.record.run_id
     if whole.scaler is not None and second.scaler is not None:
         assert second.scaler.state_dict() == whole.scaler.state_dict()
     steps = of_kind(before, StepDone) + of_kind(after, StepDone)
@@ -116,15 +119,15 @@ def test_a_run_leaves_what_a_person_wants(tmp_path: Path) -> None:
     assert published.checkpoint.figure == best
     loaded = load_model(ModelConfig(weights=published.uri), seed=9, tile_pixels=2**20)
     assert published.checkpoint.step == next(line["step"] for line in lines if line["mIoU"] == best)
-    assert_equal(dict(loaded.module.state_dict()), loop.store.read(published.checkpoint)[0])
-    newest = loop.store.newest()
+    assert_equal(dict(loaded.module.state_dict()), loop.record.store.read(published.checkpoint)[0])
+    newest = loop.record.store.newest()
     assert newest is not None
     assert_equal(newest[1], state(loop))
     spec = json.loads((tmp_path / "checkpoint" / "spec.json").read_text())
     assert spec["options"] == {"width": 4, "depth": 2}
     assert spec["metrics"]["mIoU"] == best
     assert set(spec["metrics"]).isdisjoint({"loss", "seconds"})
-    assert spec["run_id"] == loop.run_id
+    assert spec["run_id"] == loop.record.run_id
     assert spec["data"]["fingerprint"] == loop.plan.fingerprint
     assert "resize" in spec["preprocess"]
 
@@ -188,7 +191,7 @@ def test_instances_are_learned_and_validated(tmp_path: Path) -> None:
     whole, events = run_loop(given)
     assert [row["images"] for row in rows(events)] == [5, 5]
     assert {row["failed"] for row in rows(events)} == {0}
-    assert whole.headline == "segm/AP"
+    assert whole.record.headline == "segm/AP"
     assert rows(events)[-1]["validation_images"] == 3
     assert 0 <= rows(events)[-1]["bbox/AR100"] <= 1  # type: ignore[operator]
     cut = config(tmp_path / "cut", **{name: getattr(given, name) for name in CHANGED})
@@ -219,15 +222,61 @@ def test_any_number_of_workers_trains_the_same(tmp_path: Path) -> None:
             torch.testing.assert_close(module[name], value, rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_an_epoch_is_the_training_set_however_often_it_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[int, str]] = []
+@pytest.mark.parametrize("kinds", [["semantic", "panoptic"], ["panoptic"], ["semantic", "instances"]])
+def test_borders_between_objects_count_more(kinds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run's own batches hold the paper's weights, by distances in the scenes as they were painted."""
+    found: dict[str, tuple[Any, Any]] = {}
     plain = TrainingLoop._batches
 
     def noted(self: TrainingLoop, share: Any) -> Any:
-        seen.extend((self._progress.epoch, item.image_id) for item in share.items)
-        return plain(self, share)
+        (batch,) = plain(self, share)
+        for at, item in enumerate(share.items):
+            maps = [batch.targets[name][at].numpy() for name in ("semantic", "pixel_weight")]
+            found[item.image_id] = (maps[0], maps[1])
+        return [batch]
 
+    options: dict[str, Any] = {
+        "source": {"format": "scenes", "count": 8, "width": 64, "height": 48, "targets": kinds},
+        "validation": None,
+        "augment": {"flip": 0.0},
+        "epochs": 1,
+        "batch_images": 4,
+    }
+    weighted = {"class_weights": {"road": 0.5, "car": 3.0}}
+    _, events = run_loop(config(tmp_path / "plain", **options, loss={"semantic": weighted}))
     monkeypatch.setattr(TrainingLoop, "_batches", noted)
+    border = {"border": {"w0": 12.0, "sigma": 4.0}}
+    _, others = run_loop(config(tmp_path / "border", **options, loss={"semantic": {**weighted, **border}}))
+    # Of two runs that are the same bit for bit but for the border.
+    assert rows(others)[0]["loss"] != pytest.approx(rows(events)[0]["loss"], rel=1e-3)
+    most = 0.0
+    for name, (label_HW, weight_HW) in found.items():
+        scene = render_scene(int(name.rpartition("/")[2]), width=64, height=48)
+        # Padded to a multiple of the U-Net's: that counts for nothing.
+        assert (weight_HW[48:] == 0).all()
+        assert (label_HW[48:] == 255).all()
+        class_weight_K = np.array([1, 1, 0.5, 1, 1, 3, 1, 1])
+        class_weight_HW = class_weight_K[np.where(scene.semantic_HW == 255, 0, scene.semantic_HW)]
+        thing_HW = scene.segment_HW >= 6000
+        cell_HW = np.where(thing_HW, scene.segment_HW, 0)
+        expected_HW = weight_formula(cell_HW, class_weight_HW, w0=12.0, sigma=4.0)
+        np.testing.assert_array_equal(label_HW[:48], scene.semantic_HW)
+        np.testing.assert_allclose(weight_HW[:48], np.where(label_HW[:48] == 255, 0, expected_HW), rtol=1e-5, atol=1e-5)
+        most = max(most, float(np.where(thing_HW, 0, expected_HW - class_weight_HW).max()))
+    assert len(found) == 8
+    assert most > 6
+
+
+def test_an_epoch_is_the_training_set_however_often_it_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, str]] = []
+    plain = TrainingLoop._require_finite
+
+    def noted(self: TrainingLoop, share: Any, *more: Any) -> None:
+        seen.extend((self._progress.epoch, item.image_id) for item in share.items)
+        plain(self, share, *more)
+
+    # Between a batch's gradient and the step that follows it.
+    monkeypatch.setattr(TrainingLoop, "_require_finite", noted)
     given = config(tmp_path)
     for stop in (1, 2, 3, 100):
         run_loop(given, should_stop=After(stop))
@@ -251,7 +300,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_images(tmp_path: Path) ->
     found = json.loads(report.read_text())
     assert (found["epoch"], len(found["image_ids"])) == (0, 6)
     assert found["step"] >= 1
-    newest = loop.store.newest()
+    newest = loop.record.store.newest()
     assert newest is not None
     assert newest[0].step == found["step"]
 
@@ -276,19 +325,19 @@ def test_a_checkpoint_that_cannot_be_written_stops_nothing(tmp_path: Path) -> No
     given = config(tmp_path, checkpoint={"every_steps": 2, "attempts": 1})
     whole, _ = run_loop(config(tmp_path / "whole"))
     loop = TrainingLoop(given, workers=Workers(), device=CPU)
-    loop.store.fs = Full(loop.store.fs, times=1)
+    loop.record.store.fs = Full(loop.record.store.fs, times=1)
     events = list(loop.run())
     (failed,) = of_kind(events, SaveFailed)
     assert "No space left" in str(failed.error)
     assert_equal(state(loop), state(whole))
-    newest = loop.store.newest()
+    newest = loop.record.store.newest()
     assert newest is not None
     assert newest[0].step == 8
 
 
 def test_the_last_checkpoint_must_be_written(tmp_path: Path) -> None:
     loop = TrainingLoop(config(tmp_path, epochs=1, checkpoint={"attempts": 1}), workers=Workers(), device=CPU)
-    loop.store.fs = Full(loop.store.fs, times=99)
+    loop.record.store.fs = Full(loop.record.store.fs, times=99)
     with pytest.raises(StorageError, match="No space left"):
         list(loop.run())
 

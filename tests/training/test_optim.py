@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
 from pipeline.models.registry import MODELS
-from pipeline.models.unet import UNetSmall
+from pipeline.models.zoo.unet import UNetSmall
 from pipeline.training.optim import (
     OptimizerOptions,
     build_optimizer,

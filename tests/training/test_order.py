@@ -16,7 +16,7 @@ ORDERS = st.tuples(PLANS, st.integers(0, 5), st.integers(0, 3), st.integers(1, 4
 def sequence(order: EpochOrder) -> list[tuple[int, int]]:
     return [
         place
-        for group in order.groups()
+        for group in map(order.group, order.groups_from(0))
         for place in zip(group.unit_N.tolist(), group.position_N.tolist(), strict=True)
     ]
 
@@ -29,7 +29,7 @@ def make(given_order: tuple[list[tuple[str, int]], int, int, int]) -> EpochOrder
 def own(order: EpochOrder, batch_images: int, worker: int, workers: int, first_step: int = 0) -> dict[int, list[int]]:
     """Places of one worker by step, as it finds them group by group."""
     steps: dict[int, list[int]] = {}
-    for group in order.groups(first_step * batch_images):
+    for group in map(order.group, order.groups_from(first_step * batch_images)):
         for at in own_places(group, order.images, batch_images, worker, workers, first_step).tolist():
             steps.setdefault((group.first + at) // batch_images, []).append(group.first + at)
     return steps
@@ -68,7 +68,7 @@ def test_groups_from_a_place_on_are_those_of_the_whole(
 ) -> None:
     order = make(given_order)
     whole = sequence(order)
-    rest = list(order.groups(start))
+    rest = [order.group(number) for number in order.groups_from(start)]
     if start >= order.images:
         assert not rest
     else:
@@ -91,7 +91,8 @@ def test_epochs_and_seeds_differ_and_repeat() -> None:
 
 def test_groups_hold_whole_units_and_mix_them() -> None:
     rows = [(f"shard-{index}", 50) for index in range(9)]
-    groups = list(EpochOrder(rows, seed=0, epoch=0, shuffle_images=100).groups())
+    order = EpochOrder(rows, seed=0, epoch=0, shuffle_images=100)
+    groups = [order.group(number) for number in order.groups_from(0)]
     assert [len(group.unit_N) for group in groups] == [100, 100, 100, 100, 50]
     for group in groups[:4]:
         first, second = np.unique(group.unit_N).tolist()

@@ -23,7 +23,8 @@ from pipeline.taxonomy import Category, Taxonomy, load_taxonomy
 from pipeline.training.augment import AugmentOptions
 from pipeline.training.order import EpochOrder
 from pipeline.training.plan import SourcePlan, plan_source
-from pipeline.training.samples import SampleReader, StepItems
+from pipeline.training.reader import GroupReader, Share, ThreadReader
+from pipeline.training.samples import Preparation, StepItems
 from pipeline.training.task_targets import TaskTargets
 
 SCENES = load_taxonomy("scenes")
@@ -31,17 +32,16 @@ SOURCE = ScenesSource(format="scenes", count=23, width=64, height=48, unit_image
 OPTIONS = AugmentOptions(crop=(32, 32), scale=(0.7, 1.3), flip=0.5, brightness=0.3)
 
 
-def reader(config: SourceConfig = SOURCE, *, source: Any = None, plan: SourcePlan | None = None) -> SampleReader:
+def reader(config: SourceConfig = SOURCE, *, source: Any = None, plan: SourcePlan | None = None) -> ThreadReader:
     opened = source or open_source(config)
     targets = TaskTargets(TargetConfig(), config, "semantic", SCENES)
-    return SampleReader(
-        opened, plan or plan_source(opened), targets, OPTIONS, seed=4, max_pixels=config.max_pixels, threads=2
-    )
+    preparation = Preparation(targets=targets, options=OPTIONS, seed=4, max_pixels=config.max_pixels)
+    return ThreadReader(GroupReader(opened, plan or plan_source(opened), threads=2), preparation)
 
 
-def epoch(given: SampleReader, *, number: int = 0, batch: int = 6, **share: int) -> list[StepItems]:
-    order = EpochOrder(given.plan.named_rows, seed=4, epoch=number, shuffle_images=9)
-    return [*given.steps(order, epoch=number, batch_images=batch, **share)]
+def epoch(given: ThreadReader, *, number: int = 0, batch: int = 6, **share: int) -> list[StepItems]:
+    order = EpochOrder(given.reader.plan.named_rows, seed=4, epoch=number, shuffle_images=9)
+    return [*given.steps(Share(order=order, epoch=number, batch_images=batch, **share))]
 
 
 def ids(steps: list[StepItems]) -> list[list[str]]:

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from training_helpers import CPU, PREPROCESS, examples, run_workers, train_cases, train_steps, unet_spec
 
-from pipeline.models.unet import UNetSmall
+from pipeline.models.zoo.unet import UNetSmall
 from pipeline.training.batch import blank_batch, collate
+from pipeline.training.border import BorderWeights
 from pipeline.training.losses.objective import SemanticLoss, SemanticLossOptions
 from pipeline.training.norms import SyncedBatchNorm, blank_pass, sync_norms
 from pipeline.training.optim import OptimizerOptions, build_optimizer
@@ -18,11 +19,15 @@ from pipeline.training.step import Stepper, Trainee
 from pipeline.training.workers import Workers
 
 LOSSES: dict[str, Any] = {"cross_entropy": 1.0, "dice": 0.5, "class_weights": (1.0, 2.0, 0.5, 1.0, 3.0)}
-# (batch sizes, batch normalisation, micro-batches, losses, clip_norm); a batch of 1 leaves shares empty.
-CASES: list[tuple[list[int], str, int, dict[str, Any], float | None]] = [
-    ([7, 1, 5], "frozen", 1, LOSSES, None),
-    ([7, 2, 5], "frozen", 3, {"cross_entropy": 1.0, "lovasz": 1.0}, 0.5),
-    ([7, 1, 5], "synced", 1, LOSSES, 0.5),
+BORDER = BorderWeights(
+    classes=frozenset({1, 3}), class_weights=LOSSES["class_weights"], void_id=255, w0=20.0, sigma=2.0
+)
+# (batch sizes, batch normalisation, micro-batches, losses, clip_norm, border); a batch of 1 leaves shares empty.
+CASES: list[tuple[list[int], str, int, dict[str, Any], float | None, BorderWeights | None]] = [
+    ([7, 1, 5], "frozen", 1, LOSSES, None, None),
+    ([7, 2, 5], "frozen", 3, {"cross_entropy": 1.0, "lovasz": 1.0}, 0.5, None),
+    ([7, 1, 5], "synced", 1, LOSSES, 0.5, None),
+    ([7, 1, 5], "frozen", 2, LOSSES, None, BORDER),
 ]
 
 
@@ -53,6 +58,14 @@ def test_the_cases_move_the_weights() -> None:
     one, _ = train_steps(Workers(), *CASES[0])
     other, _ = train_steps(Workers(), [6, 1, 5], *CASES[0][1:])
     assert max(float((one[name] - other[name]).abs().max()) for name in one) > 1e-3
+
+
+def test_the_border_moves_the_weights() -> None:
+    """Far more than workers may differ; what it weighs up is a share of the batch's sum and of its divisor."""
+    one, plain = train_steps(Workers(), *CASES[3][:5])
+    other, found = train_steps(Workers(), *CASES[3])
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) > 1e-3
+    assert found[0].loss != pytest.approx(plain[0].loss, rel=1e-3)
 
 
 def test_accumulation_changes_nothing() -> None:

@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from pipeline.errors import ConfigError, TargetMismatchError
 from pipeline.masks import encode_rle
 from pipeline.taxonomy import Category, Taxonomy, load_taxonomy
-from pipeline.training.targets import class_index_map, instance_masks, torchvision_target
+from pipeline.training.targets import class_index_map, instance_masks, output_labels, torchvision_target
 
 LAW = settings(deadline=None, max_examples=40)
 
@@ -148,9 +148,22 @@ def test_masks_that_would_not_fit_are_not_unpacked() -> None:
         instance_masks([annotation(rle(FULL))] * 300, height=3000, width=4000, taxonomy=taxonomy((1, 2)))
 
 
-def test_a_category_0_is_torchvisions_background() -> None:
+def test_labels_are_what_the_model_gives() -> None:
+    ids = torch.tensor([7, 3, 7])
+    assert output_labels(ids, taxonomy((3, 5, 7)), background=False).tolist() == [2, 0, 2]
+    assert output_labels(ids, taxonomy((3, 5, 7)), background=True).tolist() == [7, 3, 7]
     with pytest.raises(ConfigError, match="taxonomy test has a category 0"):
-        instance_masks([], height=4, width=5, taxonomy=taxonomy((0, 1)))
+        output_labels(ids, taxonomy((0, 3, 7)), background=True)
+
+
+def test_boxes_stand_for_masks_where_a_detector_learns() -> None:
+    boxes = [{"category_id": 1, "bbox": [1, 0, 2, 3]}, annotation(rle(FULL))]
+    found = instance_masks(boxes, height=4, width=5, taxonomy=taxonomy((1, 2)), boxes=True)
+    assert found.maskless == 0
+    assert torchvision_target(found.masks_NHW, found.labels_N)["boxes"].tolist() == [[1, 0, 3, 3], [0, 0, 5, 4]]
+    assert instance_masks(boxes[:1], height=4, width=5, taxonomy=taxonomy((1, 2))).maskless == 1
+    with pytest.raises(TargetMismatchError, match="expected a bbox of x, y, w and h, got None"):
+        instance_masks([{"category_id": 1}], height=4, width=5, taxonomy=taxonomy((1, 2)), boxes=True)
 
 
 @LAW

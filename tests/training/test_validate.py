@@ -18,7 +18,8 @@ from pipeline.models.load import load_model
 from pipeline.predictions.base import Predicted
 from pipeline.sources.base import Sample
 from pipeline.sources.registry import open_source
-from pipeline.stages.predict import Predict, prepare
+from pipeline.stages.predict import Predict
+from pipeline.stages.prepare import prepare
 from pipeline.stages.score import Scorer
 from pipeline.training.plan import plan_source
 from pipeline.training.samples import Failure

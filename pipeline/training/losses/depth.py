@@ -1,4 +1,4 @@
-"""Losses of metric depth: L1, L2 and smooth L1 by pixel, and the scale-invariant log error.
+"""Losses of metric depth: L1, L2 and smooth L1 by pixel, L1 of its logarithm, and the scale-invariant log error.
 
 Axes: B batch, H rows, W columns. Targets are depth in metres, NaN where it is unknown; pixels that are unknown, or not
 between min_depth and max_depth, have no gradient and are in no divisor.
@@ -14,7 +14,7 @@ from pipeline.training.losses.term import LossTerm, widened
 
 __all__ = ["PixelLoss", "pixel_loss", "silog", "valid_depth"]
 
-PixelLoss = Literal["l1", "l2", "smooth_l1"]
+PixelLoss = Literal["l1", "l2", "smooth_l1", "log_l1"]
 SMALLEST_PRED = 1e-3
 
 
@@ -28,8 +28,14 @@ def pixel_loss(
     pred_BHW: Tensor, target_BHW: Tensor, valid_BHW: Tensor, *, kind: PixelLoss = "l1", beta: float = 1.0
 ) -> LossTerm:
     """|d|, d^2, or smooth L1 of d = pred - target (Girshick 2015, arXiv:1504.08083, eq. 3: d^2 / (2 beta) under beta,
-    |d| - beta / 2 over it): the sum over the valid pixels, to be divided by their number."""
-    pred_BHW, target_BHW = comparable(pred_BHW, target_BHW, valid_BHW, 0.0)
+    |d| - beta / 2 over it): the sum over the valid pixels, to be divided by their number.
+
+    log_l1: |log pred - log target|, whose optimum is the median, as that of l1, but which counts a metre by how near
+    it is, as AbsRel does. Predictions under 0.001 as in `silog`.
+    """
+    pred_BHW, target_BHW = comparable(pred_BHW, target_BHW, valid_BHW, 1.0)
+    if kind == "log_l1":
+        pred_BHW, target_BHW, kind = pred_BHW.clamp_min(SMALLEST_PRED).log(), target_BHW.log(), "l1"
     if kind == "l1":
         loss = functional.l1_loss(pred_BHW, target_BHW, reduction="sum")
     elif kind == "l2":

@@ -23,7 +23,7 @@ __all__ = ["DepthLoss", "DepthLossOptions", "SemanticLoss", "SemanticLossOptions
 SEMANTIC_LOSSES = ("cross_entropy", "focal", "dice", "lovasz")
 # torchvision's reference training counts an auxiliary head's loss by half.
 HEADS = {"out": 1.0, "aux": 0.5}
-DepthLossKind = Literal["l1", "l2", "smooth_l1", "silog", "scale_shift_invariant"]
+DepthLossKind = Literal["l1", "l2", "smooth_l1", "log_l1", "silog", "scale_shift_invariant"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,8 @@ class SemanticLossOptions:
 
 class SemanticLoss:
     """An `Objective` of label maps. A batch's `semantic` is target_BHW (class indices, any integer type), and its
-    `pixel_weight`, where there is one, weight_BHW for the cross-entropy (U-Net's map)."""
+    `pixel_weight`, where there is one, what each pixel counts for in the cross-entropy, (B, H, W) float: in place of
+    class weights, which are a summand of U-Net's map, not a factor."""
 
     def __init__(
         self, options: SemanticLossOptions, *, num_classes: int, device: torch.device, void_id: int = VOID
@@ -106,11 +107,7 @@ class SemanticLoss:
         images = evidence_images(target_BHW, torch.float32, void_id=self.void_id, per_image=self.options.per_image)
         weights = {
             "cross_entropy": pixel_weights(
-                target_BHW,
-                torch.float32,
-                void_id=self.void_id,
-                class_weight_K=self._class_weight_K,
-                pixel_weight_BHW=batch.get("pixel_weight"),
+                target_BHW, torch.float32, void_id=self.void_id, **self._counts(batch)
             ).sum(),
             "focal": (target_BHW != self.void_id).sum().float(),
             "dice": images,
@@ -118,16 +115,15 @@ class SemanticLoss:
         }
         return {name: weights[name] for name in self.factors}
 
+    def _counts(self, batch: Mapping[str, Any]) -> dict[str, Tensor | None]:
+        """What pixels count for in the cross-entropy: by their class, or each by itself."""
+        own_BHW = batch.get("pixel_weight")
+        return {"class_weight_K": self._class_weight_K if own_BHW is None else None, "pixel_weight_BHW": own_BHW}
+
     def _term(self, name: str, logits_BKHW: Tensor, batch: Mapping[str, Any]) -> LossTerm:
         target_BHW, options = batch["semantic"], self.options
         if name == "cross_entropy":
-            return cross_entropy(
-                logits_BKHW,
-                target_BHW,
-                void_id=self.void_id,
-                class_weight_K=self._class_weight_K,
-                pixel_weight_BHW=batch.get("pixel_weight"),
-            )
+            return cross_entropy(logits_BKHW, target_BHW, void_id=self.void_id, **self._counts(batch))
         if name == "focal":
             return focal(
                 logits_BKHW, target_BHW, void_id=self.void_id, gamma=options.focal_gamma, alpha_K=self._alpha_K

@@ -52,7 +52,8 @@ def _two_nearest(
     """Distances to the nearest and the second nearest cell where they are at most `reach`, else infinity or farther."""
     near_HW = np.full(instance_HW.shape, FAR)
     second_HW = np.full(instance_HW.shape, FAR)
-    for cell, (rows, columns) in _bounding_boxes(instance_HW):
+    boxes = _bounding_boxes(instance_HW)
+    for cell, (rows, columns) in boxes if len(boxes) > 1 else ():
         around = _grown(rows, reach, instance_HW.shape[0]), _grown(columns, reach, instance_HW.shape[1])
         distance = _distance(instance_HW[around] == cell, reach)
         near, second = near_HW[around], second_HW[around]

@@ -30,6 +30,7 @@ LOSSES: dict[str, Loss] = {
     "l1": pixel_loss,
     "l2": lambda pred, target, valid: pixel_loss(pred, target, valid, kind="l2"),
     "smooth_l1": lambda pred, target, valid: pixel_loss(pred, target, valid, kind="smooth_l1", beta=0.3),
+    "log_l1": lambda pred, target, valid: pixel_loss(pred, target, valid, kind="log_l1"),
     "silog": silog,
     "ssi robust": ssi("robust"),
     "ssi least squares": ssi("least_squares"),
@@ -52,6 +53,14 @@ def test_valid_is_finite_and_between_the_bounds() -> None:
     target_BHW = torch.tensor([[[*NO_TARGET, 0.5, 9.99]]], dtype=torch.float64)
     assert valid_depth(target_BHW, max_depth=10)[0, 0].tolist() == [False] * 8 + [True] * 2
     assert valid_depth(target_BHW)[0, 0].tolist() == [False] * 6 + [True] * 4
+
+
+def test_log_l1_is_the_mean_log_ratio() -> None:
+    pred_BHW = torch.tensor([[[2.0, 8.0, 1e-6, 5.0]]], dtype=torch.float64)
+    target_BHW = torch.tensor([[[4.0, 2.0, 1.0, math.nan]]], dtype=torch.float64)
+    term = pixel_loss(pred_BHW, target_BHW, valid_depth(target_BHW), kind="log_l1")
+    assert float(term.total) == pytest.approx(math.log(2) + math.log(4) + math.log(1000))
+    assert float(term.weight) == 3
 
 
 @LAW

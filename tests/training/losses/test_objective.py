@@ -90,6 +90,19 @@ def test_pixel_weights_reach_the_cross_entropy() -> None:
     torch.testing.assert_close(found["dice"].mean(), dice(logits_BKHW, batch["semantic"]).mean())
 
 
+def test_pixel_weights_hold_those_of_the_classes() -> None:
+    """U-Net's w is w_c plus a term: a batch that brings it has its class weights counted once, in terms and weights."""
+    logits_BKHW, batch = make_batch()
+    weight_BHW = 1 + torch.rand(2, 8, 12, generator=torch.Generator().manual_seed(1))
+    loss = build(class_weights=(5.0, 0.0, 7.0))
+    term = loss.terms(logits_BKHW, batch | {"pixel_weight": weight_BHW})["cross_entropy"]
+    nats_BHW = functional.cross_entropy(logits_BKHW, batch["semantic"].long(), ignore_index=255, reduction="none")
+    torch.testing.assert_close(term.total, (nats_BHW * weight_BHW).sum())
+    torch.testing.assert_close(term.weight, weight_BHW[:, 2:].sum())
+    torch.testing.assert_close(loss.weights(batch | {"pixel_weight": weight_BHW})["cross_entropy"], term.weight)
+    assert float(loss.weights(batch)["cross_entropy"]) != pytest.approx(float(term.weight))
+
+
 def test_logits_at_a_whole_fraction_are_upsampled() -> None:
     _, batch = make_batch()
     small_BKHW = torch.randn(2, CLASSES, 2, 3, generator=torch.Generator().manual_seed(2))
@@ -146,7 +159,7 @@ def test_class_weights_are_one_per_class() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "l3"}, "kind must be one of l1, l2, smooth_l1, silog, scale_shift_invariant, got 'l3'"),
+        ({"kind": "l3"}, "kind must be one of l1, l2, smooth_l1, log_l1, silog, scale_shift_invariant, got 'l3'"),
         ({"alignment": "median"}, "alignment must be one of least_squares, robust"),
         ({"min_depth": 0.0}, "expected 0 < min_depth < max_depth"),
         ({"max_depth": 1e-4}, "expected 0 < min_depth < max_depth"),

@@ -1,4 +1,4 @@
-"""Mask R-CNN's losses are torchvision's own, without its own resizing; factors and empty images."""
+"""Losses that come with a model: Mask R-CNN's are torchvision's own, without its resizing; factors, empty images."""
 
 from typing import Any
 
@@ -8,11 +8,14 @@ from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from pipeline.training.losses.instances import INSTANCE_LOSSES, InstanceLoss, detection_losses
+from pipeline.models.spec import Frame
+from pipeline.models.zoo.torchvision_detection import MASK_RCNN_LOSSES, rcnn_losses
+from pipeline.training.losses.own import OwnLosses
 from pipeline.training.losses.term import combine
 from pipeline.training.targets import torchvision_target
 
 SIZE = 64
+ALL = OwnLosses(factors=MASK_RCNN_LOSSES)
 
 
 class Body(nn.Sequential):
@@ -56,7 +59,7 @@ def make_batch() -> tuple[Tensor, list[dict[str, Tensor]]]:
 
 def losses(model: nn.Module, image_BCHW: Tensor, targets: Any) -> dict[str, Tensor]:
     torch.manual_seed(7)  # torchvision samples anchors and proposals with the global generator
-    return detection_losses(model, image_BCHW, [(SIZE, SIZE)] * len(image_BCHW), targets)
+    return rcnn_losses(model, image_BCHW, [Frame(SIZE, SIZE, SIZE, SIZE)] * len(image_BCHW), targets)
 
 
 def test_they_are_torchvisions(model: nn.Module) -> None:
@@ -64,7 +67,7 @@ def test_they_are_torchvisions(model: nn.Module) -> None:
     found = losses(model, image_BCHW, targets)
     torch.manual_seed(7)
     expected = model(list(image_BCHW), targets)
-    assert set(found) == set(expected) == set(INSTANCE_LOSSES)
+    assert set(found) == set(expected) == set(MASK_RCNN_LOSSES)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-6, atol=0)
 
@@ -72,12 +75,12 @@ def test_they_are_torchvisions(model: nn.Module) -> None:
 def test_the_sum_is_by_factors_and_reaches_all_parts(model: nn.Module) -> None:
     image_BCHW, targets = make_batch()
     found = losses(model, image_BCHW, targets)
-    objective = InstanceLoss(factors=INSTANCE_LOSSES | {"loss_mask": 0.5, "loss_objectness": 0.0})
+    objective = OwnLosses(factors=MASK_RCNN_LOSSES | {"loss_mask": 0.5, "loss_objectness": 0.0})
     total = combine(objective.terms(found, {"image": image_BCHW}), objective.factors)
     expected = sum(found[name] for name in ("loss_classifier", "loss_box_reg", "loss_rpn_box_reg"))
     torch.testing.assert_close(total, expected + 0.5 * found["loss_mask"])
     model.zero_grad()
-    combine(InstanceLoss().terms(found, {"image": image_BCHW}), InstanceLoss().factors).backward()
+    combine(ALL.terms(found, {"image": image_BCHW}), ALL.factors).backward()
     slopes = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert all(slope is not None and slope.isfinite().all() for slope in slopes.values())
     for part in ("backbone.0", "rpn.head.cls_logits", "roi_heads.box_predictor", "roi_heads.mask_predictor"):
@@ -88,7 +91,7 @@ def test_images_without_objects_have_finite_losses(model: nn.Module) -> None:
     image_BCHW, _ = make_batch()
     nothing = torchvision_target(torch.zeros(0, SIZE, SIZE, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
     found = losses(model, image_BCHW, [nothing, nothing])
-    total = combine(InstanceLoss().terms(found, {"image": image_BCHW}), InstanceLoss().factors)
+    total = combine(ALL.terms(found, {"image": image_BCHW}), ALL.factors)
     model.zero_grad()
     total.backward()
     assert total.isfinite()
@@ -99,12 +102,12 @@ def test_images_without_objects_have_finite_losses(model: nn.Module) -> None:
 def test_losses_of_other_names_are_refused() -> None:
     image_BCHW = torch.zeros(1, 3, 8, 8)
     with pytest.raises(ValueError, match=r"expected the losses \['loss_box_reg'.* got \['loss_keypoint'\]"):
-        InstanceLoss().terms({"loss_keypoint": torch.tensor(1.0)}, {"image": image_BCHW})
+        ALL.terms({"loss_keypoint": torch.tensor(1.0)}, {"image": image_BCHW})
 
 
 def test_workers_are_weighted_by_their_images() -> None:
     """Three images here and one there: the mean of what torchvision gives for each batch, by images."""
-    objective = InstanceLoss(factors={"loss_mask": 1.0})
+    objective = OwnLosses(factors={"loss_mask": 1.0})
     large, small = {"image": torch.zeros(3, 3, 8, 8)}, {"image": torch.zeros(1, 3, 8, 8)}
     shared = {"loss_mask": (objective.weights(large)["loss_mask"] + objective.weights(small)["loss_mask"]) / 2}
     values = [
