@@ -20,6 +20,7 @@ JOBS = {
     "preview": "one PNG of images with their masks",
     "pack": "write any source as tar shards",
     "models": "list the models of the registry",
+    "submit": "send any of these to a Ray cluster",
 }
 
 
