@@ -17,13 +17,25 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 quickstart: install
 	rm -rf $(OUT)
 	$(BIN)/maskmill pack configs/quickstart_pack.yaml output.uri=$(OUT)/shards
-	$(BIN)/maskmill label configs/quickstart.yaml source.uri=$(OUT)/shards output.uri=$(OUT)/labels
+	$(BIN)/maskmill train configs/train/quickstart.yaml output.uri=$(OUT)/model
+	$(BIN)/maskmill label configs/quickstart.yaml source.uri=$(OUT)/shards models.0.weights=$(OUT)/model/checkpoint output.uri=$(OUT)/labels
 	$(BIN)/maskmill preview $(OUT)/labels --n 16 --out $(OUT)/preview.png
 	$(BIN)/maskmill status $(OUT)/labels
 	$(BIN)/maskmill report $(OUT)/labels
 
+# Several processes of tests share the cores (docs/decisions/0006).
+test: export GOMP_SPINCOUNT ?= 3000
+# Ray's tests wait most of the time, so they run beside the others; what those print comes at the end.
+FAULTS := tests/ray/test_train.py tests/ray/test_train_faults.py
+KILLS := tests/ray/test_kills.py
 test: install
-	$(BIN)/python -m pytest
+	@mkdir -p out
+	@$(BIN)/python -m pytest $(FAULTS) > out/test-faults.log 2>&1 & faults=$$!; \
+	$(BIN)/python -m pytest tests/ray $(addprefix --ignore=,$(FAULTS) $(KILLS)) > out/test-ray.log 2>&1 & ray=$$!; \
+	$(BIN)/python -m pytest --ignore=tests/ray; others=$$?; \
+	$(BIN)/python -m pytest $(KILLS); kills=$$?; \
+	wait $$ray; ray=$$?; wait $$faults; faults=$$?; cat out/test-ray.log out/test-faults.log; \
+	exit $$((faults + ray + others + kills))
 
 lint: install
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import fsspec
 from braceexpand import braceexpand
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import ConfigError, RunError, StorageError
 
@@ -29,11 +31,13 @@ __all__ = [
     "read_file",
     "relative",
     "storage_errors",
+    "write_file",
 ]
 
 MAX_BRACE_EXPANSIONS = 2_000_000
 GLOB_CHARACTERS = "*?["
 READ_BYTES = 16 << 20
+PART_SUFFIX = ".part"
 LISTING_THREADS = 32
 # From here on one listing of the folder is cheaper than asking for each named object.
 NAMED_BEFORE_LISTING = 32
@@ -126,6 +130,25 @@ def read_file(fs: fsspec.AbstractFileSystem, path: str, where: str, *, max_bytes
             if size > max_bytes:
                 raise StorageError(f"{where} is larger than the {max_bytes} bytes allowed here")
     return b"".join(parts)
+
+
+def write_file(fs: fsspec.AbstractFileSystem, path: str, data: bytes, where: str) -> None:
+    """A whole file: whoever reads, and whatever fails, there is the one before or this one, never a part.
+
+    where: what errors say. Raises StorageError.
+    """
+    with storage_errors(where):
+        if not isinstance(fs, LocalFileSystem):
+            fs.pipe_file(path, data)  # object storage shows an object when it has all of it
+            return
+        part = f"{path}{PART_SUFFIX}"
+        try:
+            fs.pipe_file(part, data)
+            os.replace(part, path)
+        except OSError:
+            with contextlib.suppress(OSError):  # on a full disk it would take what room is left
+                os.remove(part)
+            raise
 
 
 def expand(uri: str) -> list[str]:

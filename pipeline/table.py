@@ -6,9 +6,11 @@ driver on the same table makes the first one stop instead of doubling rows.
 """
 
 import contextlib
+import functools
 import io
 import itertools
 import json
+import operator
 import re
 import time
 import uuid
@@ -16,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -24,7 +27,7 @@ import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Schema, Transaction
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
-from pyarrow.dataset import FileSystemDataset
+from pyarrow.dataset import get_partition_keys
 from pyroaring import BitMap
 
 from pipeline.errors import RunError, SchemaError, StorageError
@@ -36,7 +39,7 @@ __all__ = ["FILE_SCHEMA", "FileRecord", "RowTable", "delta_errors", "file_schema
 
 FENCE = "maskmill"
 LOST = -1
-FILES_AT_ONCE = 16
+SCAN_ROWS = 4096
 REWRITES_AT_ONCE = 16
 REWRITES_PER_COMMIT = 200
 TAKEN_OVER = "another run has taken over this table, so this one stops"
@@ -261,48 +264,46 @@ class RowTable:
             own = files.filter(pc.field("model_version") == version)
             return pc.sum(own.column("rows")).as_py() or 0, pc.sum(own.column("failed")).as_py() or 0
         rows = failed = 0
-        for batch in self.scan(["status"], (pc.field(MODEL) == model) & (pc.field("model_version") == version)):
+        for batch in self.scan(["status"], {MODEL: model, "model_version": version}):
             rows += len(batch)
             failed += pc.sum(pc.equal(batch["status"], FAILED)).as_py() or 0
         return rows, failed
 
-    def scan(self, columns: Sequence[str], filter_expression: pc.Expression | None = None) -> Iterator[pa.RecordBatch]:
-        """Stream rows in batches of bounded size. A column that an older table lacks (`LATER`) is null."""
+    def scan(
+        self, columns: Sequence[str], where: Mapping[str, str | pa.Array] | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        """Stream rows in batches of bounded size. A column that an older table lacks (`LATER`) is null.
+
+        where: the value of a column, or the values it may have.
+        """
+        where = where or {}
+        expected = pa.schema([self.schema.field(name) for name in columns])
+        read = pa.schema([self.schema.field(name) for name in dict.fromkeys((*columns, *where))])
+        fs, base = open_fs(self.uri, self.storage)
         with delta_errors(f"output {self.uri}"):
-            dataset = self._table.to_pyarrow_dataset()
-            lacking = {name for name in LATER if name not in dataset.schema.names}
-            chosen = {
-                name: pc.scalar(pa.scalar(None, kind)) if name in lacking else pc.field(name)
-                for name, kind in ((name, self.schema.field(name).type) for name in columns)
-            }
-            fragments = dataset.get_fragments(filter_expression)
-            # A scanner reads on while its batches are used, until a gigabyte of them waits: so it gets few files.
-            while files := list(itertools.islice(fragments, FILES_AT_ONCE)):
-                batches = FileSystemDataset(files, dataset.schema, dataset.format).to_batches(
-                    columns=chosen,
-                    filter=filter_expression,
-                    batch_size=4096,
-                    batch_readahead=2,
-                    fragment_readahead=2,
-                    # A footer takes more memory than its rows: kept, those of a large table would fill it.
-                    cache_metadata=False,
-                )
-                try:
-                    for batch in batches:  # noqa: UP028  (`yield from` would close it, and leave it reading)
-                        yield batch
-                finally:
-                    # Its threads read through Python: where nobody waits for them, they may meet its end and crash.
-                    for _ in batches:
-                        pass
+            for fragment in self._table.to_pyarrow_dataset().get_fragments(_expression(where)):
+                partition = get_partition_keys(fragment.partition_expression)
+                # Not the dataset's scanner: its threads read through Python, and where they meet its end they crash it.
+                with fs.open(join(base, fragment.path), "rb") as file:
+                    stored = pq.ParquetFile(file, pre_buffer=False)
+                    present = [name for name in read.names if name in stored.schema_arrow.names]
+                    for batch in stored.iter_batches(SCAN_ROWS, columns=present, use_threads=False):
+                        rows = _as_written(batch, read, partition)
+                        for name, wanted in where.items():
+                            values = wanted if isinstance(wanted, pa.Array) else pa.array([wanted])
+                            rows = rows.filter(pc.is_in(rows.column(name), value_set=values))
+                        if len(rows):
+                            yield rows.select(expected.names)
 
     def done(self, shard_ids: Sequence[str], versions: Mapping[str, str]) -> dict[tuple[str, str], BitMap]:
         """Committed positions of some units: {(shard_id, model): bitmap}, for the current version of each model."""
         result: dict[tuple[str, str], BitMap] = {}
         if not shard_ids:
             return result
-        wanted = pc.field("shard_id").isin(pa.array(shard_ids, pa.string())) & pc.field("model_version").isin(
-            list(versions.values())
-        )
+        wanted = {
+            "shard_id": pa.array(shard_ids, pa.string()),
+            "model_version": pa.array(versions.values(), pa.string()),
+        }
         for batch in self.scan(["shard_id", "position", MODEL, "model_version"], wanted):
             table = pa.table(batch)
             for name, version in versions.items():
@@ -315,9 +316,7 @@ class RowTable:
     def failed_attempts(self, versions: Mapping[str, str]) -> dict[tuple[str, str], dict[int, int]]:
         """Failed rows of the current versions: {(shard_id, model): {position: attempts so far}}."""
         result: dict[tuple[str, str], dict[int, int]] = {}
-        for batch in self.scan(
-            ["shard_id", "position", MODEL, "model_version", "attempts"], pc.field("status") == FAILED
-        ):
+        for batch in self.scan(["shard_id", "position", MODEL, "model_version", "attempts"], {"status": FAILED}):
             for row in batch.to_pylist():
                 if versions.get(row[MODEL]) == row["model_version"]:
                     result.setdefault((row["shard_id"], row[MODEL]), {})[row["position"]] = row["attempts"] or 1
@@ -399,12 +398,23 @@ class RowTable:
         return len(orphans)
 
 
-def _as_written(stored: pa.Table, schema: pa.Schema) -> pa.Table:
-    """A file's rows in the table's columns, those that came later as nulls."""
+def _as_written(
+    stored: pa.RecordBatch | pa.Table, schema: pa.Schema, partition: Mapping[str, str] = MappingProxyType({})
+) -> Any:
+    """A file's rows in the table's columns: the partition's with its value, those that came later as nulls."""
     for field in schema:
-        if field.name not in stored.column_names:
-            stored = stored.append_column(field, pa.nulls(len(stored), field.type))
+        if field.name not in stored.schema.names:
+            value = pa.scalar(partition.get(field.name), field.type)
+            stored = stored.append_column(field, pa.repeat(value, len(stored)))
     return stored.select(schema.names).cast(schema)
+
+
+def _expression(where: Mapping[str, str | pa.Array]) -> pc.Expression | None:
+    parts = [
+        pc.field(name).isin(wanted) if isinstance(wanted, pa.Array) else pc.field(name) == wanted
+        for name, wanted in where.items()
+    ]
+    return functools.reduce(operator.and_, parts) if parts else None
 
 
 def _add_action(file: FileRecord) -> AddAction:

@@ -12,9 +12,14 @@ import boto3
 import pytest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from hypothesis import settings
 from s3_endpoint import S3
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("maskmill", deadline=None)
+settings.load_profile("maskmill")
 
 
 @pytest.fixture(scope="session")

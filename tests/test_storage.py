@@ -1,6 +1,7 @@
 """Addresses: patterns, listings on every kind of storage, what is opened, and which faults are whose."""
 
 import asyncio
+import errno
 import time
 from pathlib import Path
 from typing import Any, ClassVar
@@ -224,3 +225,24 @@ def test_delta_options() -> None:
         "AWS_REGION": "r",
         "AWS_SKIP_SIGNATURE": "true",
     }
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_file_that_is_not_written_leaves_the_one_before(
+    known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fs, path = storage.open_fs(str(tmp_path / "run.json"))
+    if known:
+        storage.write_file(fs, path, b"before", "there")
+
+    def full(path: str, data: bytes) -> None:
+        Path(path).write_bytes(data[:2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fs, "pipe_file", full)
+        with pytest.raises(StorageError, match=r"there: OSError: .*No space left"):
+            storage.write_file(fs, path, b"after", "there")
+    assert {item.name: item.read_bytes() for item in tmp_path.iterdir()} == ({"run.json": b"before"} if known else {})
+    storage.write_file(fs, path, b"after", "there")
+    assert {item.name: item.read_bytes() for item in tmp_path.iterdir()} == {"run.json": b"after"}

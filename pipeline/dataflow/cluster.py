@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -16,9 +17,20 @@ from pipeline.errors import ConfigError, RunError, StorageError
 from pipeline.sources.base import Unit
 from pipeline.units import row_to_unit
 
-__all__ = ["ENVIRONMENT", "Pool", "connect", "map_units", "plan_pool", "quiet_context", "ray_errors", "unit_blocks"]
+__all__ = [
+    "ENVIRONMENT",
+    "Pool",
+    "connect",
+    "map_units",
+    "plan_pool",
+    "quiet_context",
+    "ray_errors",
+    "start_here",
+    "unit_blocks",
+]
 
 LOCAL_OBJECT_STORE_BYTES = 1_000_000_000
+LOCAL_STARTS = 4
 # glibc gives large blocks back to the kernel at every free, and threads' own arenas hold nothing above 64 MB, so
 # decoders and CPU models spend half their time in page faults. One arena that keeps what it has: 1.6 times the forward
 # passes of unet_small in a thread, half the CPU of decoding a JPEG (docs/decisions/0003-malloc.md).
@@ -29,7 +41,10 @@ MALLOC = {
     "MALLOC_TOP_PAD_": "67108864",
 }
 # One environment for all of a run, so that a worker process that has imported torch can be used again.
-ENVIRONMENT = {"env_vars": MALLOC}
+# How many turns an OpenMP thread waits for others before it sleeps (docs/decisions/0006). By default it is hundreds of
+# thousands: with more threads than cores, those that wait take the cores from those that they wait for.
+OPENMP = {"GOMP_SPINCOUNT": "3000"}
+ENVIRONMENT = {"env_vars": {**MALLOC, **OPENMP}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +74,21 @@ def connect(ray_address: str | None, object_store_bytes: int | None = None) -> N
             if address and address != "local":
                 ray.init(address=address, **quiet)
             else:
-                ray.init(
-                    address="local",
-                    include_dashboard=False,
-                    object_store_memory=object_store_bytes or LOCAL_OBJECT_STORE_BYTES,
-                    **quiet,
-                )
-    except (RayError, ConnectionError, ValueError, RuntimeError) as error:
+                start_here(object_store_memory=object_store_bytes or LOCAL_OBJECT_STORE_BYTES, **quiet)
+    except Exception as error:  # ray.init raises bare ones too
         raise ConfigError(f"cannot join the Ray cluster at {address or 'this machine'}: {error}") from error
+
+
+def start_here(**options: Any) -> None:
+    """A cluster of this process's own. Ray gives its node 30 seconds to start, which a busy machine may exceed."""
+    for left in reversed(range(LOCAL_STARTS)):
+        try:
+            ray.init(address="local", include_dashboard=False, **options)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if not left or "timed out during startup" not in str(error):
+                raise
 
 
 @contextlib.contextmanager
@@ -82,10 +104,10 @@ def _stderr_closed() -> Iterator[None]:
         os.close(null)
 
 
-def plan_pool(resources: WorkerResources) -> Pool:
+def plan_pool(resources: WorkerResources, *, fewest: int | None = None) -> Pool:
     """Settle `auto` by what the cluster has, and refuse what no node can hold: Ray would wait for it in silence.
 
-    Raises ConfigError.
+    fewest: workers that must fit now, where the others may come later. Raises ConfigError.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus_in_all = sum(node.get("GPU", 0.0) for node in nodes)
@@ -107,8 +129,9 @@ def plan_pool(resources: WorkerResources) -> Pool:
     workers = resources.workers
     if workers == "auto":
         workers = sum(int(node["GPU"] // gpus) for node in fitting) if gpus else len(fitting)
-    elif gpus and workers > sum(int(node["GPU"] // gpus) for node in fitting):
-        raise ConfigError(f"resources.workers is {workers} with {gpus:g} GPU each, the cluster has {gpus_in_all:g} GPU")
+    needed = fewest or workers
+    if gpus and needed > sum(int(node["GPU"] // gpus) for node in fitting):
+        raise ConfigError(f"expected room for {needed} workers of {gpus:g} GPU each, the cluster has {gpus_in_all:g}")
     return Pool(workers=workers, gpus=gpus, cpus=cpus, memory_bytes=memory)
 
 

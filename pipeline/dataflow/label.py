@@ -47,7 +47,7 @@ def _describe_models(config: LabelConfig) -> list[dict[str, Any]]:
     for model_config in config.models:
         model = load_model(model_config, seed=config.seed, tile_pixels=config.resources.tile_pixels)
         Predict(model, device=choose_device(), batch_pixels=1, tile_pixels=config.resources.tile_pixels).check()
-        descriptions.append({**model.describe(), "preprocess": asdict(model.preprocess)})
+        descriptions.append({**model.describe(), "preprocess": asdict(model.preprocess), "prompts": model.spec.prompts})
     return descriptions
 
 
@@ -69,7 +69,11 @@ def label_windows(work: pa.Table, plan: LabelPlan, pool: Pool, models: list[dict
     if plan.resources.layout == "split":
         readers = plan.resources.readers
         units = units.map_batches(
-            _Reader(plan, [Preprocess(**_tuples(model["preprocess"])) for model in models]),
+            _Reader(
+                plan,
+                [Preprocess(**_tuples(model["preprocess"])) for model in models],
+                [model["prompts"] for model in models],
+            ),
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=0.9,  # a task stage with other resources than the actors' is not fused into them
@@ -117,9 +121,10 @@ class _Worker:
 class _Reader:
     """The split layout's first stage: a unit in, its decoded windows out, each as one row."""
 
-    def __init__(self, plan: LabelPlan, preprocesses: list[Preprocess]) -> None:
+    def __init__(self, plan: LabelPlan, preprocesses: list[Preprocess], prompts: list[bool]) -> None:
         self.plan = plan
         self.preprocesses = preprocesses
+        self.prompts = prompts
 
     def __call__(self, work: pa.Table) -> Iterator[pa.Table]:
         threads = thread_count(self.plan.resources.decode_threads)
@@ -131,6 +136,7 @@ class _Reader:
                 pool=pool,
                 threads=threads,
                 targets=any(self.plan.scorers),
+                prompts=self.prompts,
             )
             for place, row in enumerate(work.to_pylist()):
                 item = row_to_work(row, len(self.preprocesses))
