@@ -94,10 +94,10 @@ def evaluate(config: EvaluateConfig) -> int:
 def _strangers(run: Run, predictions: PredictionSource) -> list[set[str]]:
     """Names of predictions that no target asked for, by model."""
     asked: dict[str, list[pa.Array]] = {label: [] for label in run.versions}
-    for batch in run.table.scan([MODEL, "model_version", "prediction"], pc.is_valid(pc.field("prediction"))):
+    for batch in run.table.scan([MODEL, "model_version", "prediction"]):
         for label, version in run.versions.items():
             own = pc.and_(pc.equal(batch[MODEL], label), pc.equal(batch["model_version"], version))
-            asked[label].append(batch["prediction"].filter(own))
+            asked[label].append(batch["prediction"].filter(own).drop_null())
     result: list[set[str]] = []
     for label, parts in asked.items():
         names = predictions.names(label)

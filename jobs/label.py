@@ -9,6 +9,7 @@ from jobs.driver import books_kept, drive, leave, signals_interrupt
 from pipeline.config import LabelConfig
 from pipeline.dataflow import cluster
 from pipeline.dataflow.label import label_windows, resolve_models
+from pipeline.models.licences import licence_warning
 from pipeline.models.load import check_models
 from pipeline.progress import Reporter, counts_table, duration, limiting_stage, stage_shares
 from pipeline.run import Run
@@ -39,13 +40,15 @@ def label(config: LabelConfig) -> int:
         pool = cluster.plan_pool(config.resources)
         models = resolve_models(config, pool)
         for model, given in zip(models, config.models, strict=True):
-            warning = "" if model["commercial"] else "  (no commercial use)"
+            warning = ""
             if given.weights == "none" and model["parameters"]:
-                warning += "  (random weights: give models.N.weights)"
+                warning = "  (random weights: give models.N.weights)"
             reporter.say(
                 f"model {model['label']} {model['version']}, {model['parameters'] / 1e6:.1f} M parameters, "
                 f"taxonomy {model['taxonomy']['name']}, licence {model['license']}{warning}"
             )
+            if not model["commercial"]:
+                reporter.say(licence_warning(model["label"], model["license"]))
         scorers, notes = plan_scorers(config.score, config.source, models, asked="score" in config.model_fields_set)
         for note in notes:
             reporter.say(note)

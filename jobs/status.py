@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
@@ -75,7 +74,7 @@ def _failures(
     kinds: Counter[tuple[str, str, str]] = Counter()
     examples: dict[tuple[str, str, str], list[str]] = {}
     columns = ["model", "model_version", "image_id", "error_stage", "error_type", "error_message"]
-    for batch in table.scan(columns, pc.field("status") == "failed"):
+    for batch in table.scan(columns, {"status": "failed"}):
         for row in batch.to_pylist():
             if versions.get(row["model"]) != row["model_version"]:
                 continue

@@ -8,9 +8,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
+    "REFINES",
     "SOURCES",
     "AnySource",
     "CocoSource",
+    "CrfStage",
     "EvaluateConfig",
     "FilesSource",
     "LabelConfig",
@@ -19,14 +21,19 @@ __all__ = [
     "PackConfig",
     "ParquetSource",
     "PredictionsConfig",
+    "RefineStage",
     "Resources",
     "ScenesSource",
     "ScoreConfig",
     "Section",
+    "SmallRegionsStage",
     "SourceConfig",
     "Storage",
+    "SuperpixelsStage",
     "TableSource",
+    "TtaConfig",
     "WebdatasetSource",
+    "WindowConfig",
     "WorkerResources",
 ]
 
@@ -57,7 +64,9 @@ class ParquetSource(AnySource):
     image_column: str = Field("image", description="a binary column, or a struct {bytes, path}")
     id_column: str | None = Field(None, description="unique string or integer column for image_id; default: row number")
     target_columns: dict[str, str] = Field(
-        {}, description="columns with encoded targets by kind: semantic, panoptic, segments, instances, depth"
+        {},
+        description="columns with encoded targets by kind: semantic, panoptic, segments, instances, depth; or prompts "
+        "(JSON) of promptable models",
     )
     field_columns: tuple[str, ...] = Field((), description="further columns to carry along, for slicing reports")
 
@@ -72,7 +81,8 @@ class FilesSource(AnySource):
     )
     targets: dict[str, str] = Field(
         {},
-        description="target path by kind (semantic, panoptic, segments, instances, depth), built from the captures, "
+        description="target path by kind (semantic, panoptic, segments, instances, depth, prompts), built from the "
+        "captures, "
         "below uri or absolute, e.g. semantic: gtFine/{split}/{city}/{id}_gtFine_labelIds.png",
     )
     unit_images: int = Field(256, ge=1, description="images in one unit; enough for a second of work or more")
@@ -83,6 +93,7 @@ class CocoSource(AnySource):
     uri: str | None = Field(None, description="folder of the images; evaluate can do without, it reads targets alone")
     instances: str | None = Field(None, description="COCO instances JSON")
     panoptic: str | None = Field(None, description="COCO panoptic JSON")
+    prompts: bool = Field(False, description="the boxes of `instances` are prompts of promptable models, too")
     panoptic_masks: str | None = Field(None, description="folder of the panoptic PNGs; default: panoptic without .json")
     unit_images: int = Field(256, ge=1, description="images in one unit; enough for a second of work or more")
 
@@ -102,8 +113,9 @@ class ScenesSource(AnySource):
     width: int = Field(256, ge=8, le=8192, description="pixels")
     height: int = Field(192, ge=8, le=8192, description="pixels")
     unit_images: int = Field(64, ge=1, description="images in one unit; enough for a second of work or more")
-    targets: tuple[Literal["semantic", "panoptic", "instances", "depth"], ...] = Field(
-        ("semantic", "panoptic", "instances", "depth"), description="which targets to render"
+    targets: tuple[Literal["semantic", "panoptic", "instances", "depth", "prompts"], ...] = Field(
+        ("semantic", "panoptic", "instances", "depth"),
+        description="which targets to render; prompts are the boxes of the instances",
     )
 
 
@@ -119,13 +131,84 @@ SourceConfig = Annotated[
 ]
 
 
+class CrfStage(Section):
+    """A fully connected CRF (Krähenbühl & Koltun 2011, arXiv:1210.5644); defaults of DeepLab v2's ResNet-101."""
+
+    kind: Literal["crf"]
+    iterations: int = Field(10, ge=1, le=100, description="steps of mean field")
+    gaussian_compat: float = Field(3.0, ge=0, description="weight of the kernel of places; 0: none")
+    gaussian_sdims: float = Field(1.0, ge=0.1, description="its deviation in pixels of the model's input")
+    bilateral_compat: float = Field(4.0, ge=0, description="weight of the kernel of places and colours; 0: none")
+    bilateral_sdims: float = Field(67.0, ge=0.1, description="its deviation in pixels of the model's input")
+    bilateral_schan: float = Field(3.0, ge=0.1, description="its deviation in levels of the 256 of each colour")
+    backend: Literal["torch", "pydensecrf"] = Field(
+        "torch", description="torch: on the model's device; pydensecrf: the authors' C++, on one core (extra crf)"
+    )
+
+
+class SuperpixelsStage(Section):
+    """One label for each superpixel of the image (after Farabet et al. 2013, section 4.1)."""
+
+    kind: Literal["superpixels"]
+    method: Literal["slic", "felzenszwalb"] = Field("slic", description="how the image is cut (extra classic)")
+    vote: Literal["probabilities", "labels"] = Field(
+        "probabilities", description="the class of the highest mean probability, or of the most pixels"
+    )
+    segments: int = Field(1000, ge=1, description="slic: superpixels of an image, about")
+    compactness: float = Field(10.0, gt=0, description="slic: how much nearness counts against likeness of colour")
+    scale: float = Field(100.0, gt=0, description="felzenszwalb: higher makes larger superpixels")
+    sigma: float = Field(0.5, ge=0, description="deviation in pixels of the blur before it is cut")
+    min_size: int = Field(20, ge=1, description="felzenszwalb: pixels of the smallest superpixel")
+
+
+class SmallRegionsStage(Section):
+    """Connected regions that are too small take the label that surrounds them most."""
+
+    kind: Literal["small_regions"]
+    min_area: int = Field(64, ge=1, description="regions of fewer pixels of the model's input are dissolved")
+    connectivity: Literal[4, 8] = Field(8, description="neighbours of a pixel; with 4 thin diagonals fall to pieces")
+
+
+RefineStage = Annotated[CrfStage | SuperpixelsStage | SmallRegionsStage, Field(discriminator="kind")]
+
+
+class WindowConfig(Section):
+    size: int = Field(512, ge=32, description="pixels of a side, at every scale")
+    overlap: int = Field(128, ge=0, description="pixels that neighbours share; at most half of size")
+
+    @model_validator(mode="after")
+    def _overlaps_half(self) -> Self:
+        if 2 * self.overlap > self.size:
+            raise ValueError(f"overlap must be at most half of size ({self.size}), got {self.overlap}")
+        return self
+
+
+class TtaConfig(Section):
+    """Test-time augmentation: the mean of what the model says of several views of an image."""
+
+    scales: tuple[Annotated[float, Field(gt=0.05, le=8)], ...] = Field(
+        (1.0,), min_length=1, description="sizes of the model's input; DeepLab: 0.5 to 1.75 by 0.25"
+    )
+    flip: bool = Field(False, description="each scale mirrored, too")
+    window: WindowConfig | None = Field(
+        None, description="cut each view into windows that overlap and are blended; default: as `tile_pixels` needs"
+    )
+
+    @model_validator(mode="after")
+    def _scales_differ(self) -> Self:
+        if len(set(self.scales)) < len(self.scales):
+            raise ValueError(f"scales must differ, got {', '.join(map(str, self.scales))}")
+        return self
+
+
 class ModelConfig(Section):
     name: str | None = Field(None, description="a model of the registry (`maskmill models` lists them)")
     spec: str | None = Field(None, description='a ModelSpec of your own, "package.module:SPEC"')
     weights: str = Field(
         "none",
-        description="none (random, seeded) | bundled:NAME | torchvision:ENUM | "
-        "path or URI of a checkpoint folder, .safetensors or .pt file",
+        description="none (random, seeded) | bundled:NAME | torchvision:ENUM | hf:REPO[@REVISION][:FILE] | "
+        "timm:NAME[.TAG] | path or URI of a checkpoint folder, .safetensors or .pt file; a file may end in "
+        "#sha256=DIGITS",
     )
     taxonomy: str | None = Field(None, description="label space: a bundled name or a YAML file; default: the model's")
     label: str | None = Field(None, description="name of this model in the table; default: its spec's name")
@@ -135,6 +218,10 @@ class ModelConfig(Section):
         description="resize, max_size, pad_multiple, score_threshold, max_segments, low_confidence, precision "
         "(fp32 | bf16 | fp16), channels_last, compile, and what the model's build takes",
     )
+    refine: tuple[RefineStage, ...] = Field(
+        (), description="stages after a semantic model, in order: crf | superpixels | small_regions"
+    )
+    tta: TtaConfig | None = Field(None, description="test-time augmentation of a semantic or depth model")
 
     @model_validator(mode="after")
     def _is_named(self) -> Self:
@@ -142,6 +229,18 @@ class ModelConfig(Section):
             raise ValueError("give one of name and spec, not both")
         if not self.name and not self.spec and ":" not in self.weights and "/" not in self.weights:
             raise ValueError("one of name, spec, or a weights URI whose checkpoint names its model must be given")
+        return self
+
+    @model_validator(mode="after")
+    def _refines_in_order(self) -> Self:
+        labels_only = False
+        for index, stage in enumerate(self.refine):
+            needs = stage.kind == "crf" or (stage.kind == "superpixels" and stage.vote == "probabilities")
+            if needs and labels_only:
+                raise ValueError(
+                    f"refine.{index} ({stage.kind}) needs probabilities, but the stage before gives labels"
+                )
+            labels_only = not needs
         return self
 
 
@@ -315,4 +414,10 @@ SOURCES: dict[str, type[AnySource]] = {
     "coco": CocoSource,
     "scenes": ScenesSource,
     "table": TableSource,
+}
+
+REFINES: dict[str, type[Section]] = {
+    "crf": CrfStage,
+    "superpixels": SuperpixelsStage,
+    "small_regions": SmallRegionsStage,
 }

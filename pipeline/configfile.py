@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config import SOURCES, AnySource, Section, SourceConfig
+from pipeline.config import REFINES, SOURCES, AnySource, Section, SourceConfig
 from pipeline.errors import ConfigError
 from pipeline.storage import read_bytes
 
@@ -148,7 +148,12 @@ UNION_TAGS = {"int", "float", "constrained-int", "constrained-float", "literal['
 
 def _without_tags(path: list[str]) -> list[str]:
     """Pydantic puts the tag of a discriminated union into the path; nobody wrote it there."""
-    return [part for index, part in enumerate(path) if not (index and path[index - 1] == "source" and part in SOURCES)]
+
+    def is_tag(index: int, part: str) -> bool:
+        before = path[max(0, index - 2) : index]
+        return (before[-1:] == ["source"] and part in SOURCES) or (before[:1] == ["refine"] and part in REFINES)
+
+    return [part for index, part in enumerate(path) if not is_tag(index, part)]
 
 
 def _section(annotation: Any, path: list[str]) -> type[Section] | None:
@@ -159,7 +164,7 @@ def _section(annotation: Any, path: list[str]) -> type[Section] | None:
         return _section(field.annotation, path[1:]) if field else None
     for option in get_args(annotation):
         if path and isinstance(option, type) and issubclass(option, Section):
-            tag = option.model_fields.get("format")
+            tag = option.model_fields.get("format") or option.model_fields.get("kind")
             if tag and path[0] in get_args(tag.annotation):
                 return _section(option, path[1:])
         found = _section(option, path[1:] if path and path[0].isdecimal() else path)
@@ -184,6 +189,12 @@ def describe(kind: type[Section], prefix: str = "") -> list[tuple[str, str, str]
             rows += describe(AnySource, f"{dotted}.")
             for tag, kind_of_source in SOURCES.items():
                 own = [row for row in describe(kind_of_source, f"{dotted}.") if row[0] not in common]
+                rows += [(field, default, f"[{tag}] {text}") for field, default, text in own]
+            continue
+        if name == "refine":
+            rows.append((f"{dotted}.N.kind", "required", f"{field.description}"))
+            for tag, kind_of_stage in REFINES.items():
+                own = [row for row in describe(kind_of_stage, f"{dotted}.N.") if row[0] != f"{dotted}.N.kind"]
                 rows += [(field, default, f"[{tag}] {text}") for field, default, text in own]
             continue
         section = _section(field.annotation, []) or _section(field.annotation, ["0"])

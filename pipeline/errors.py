@@ -5,6 +5,7 @@ Every class takes one positional message, so that each error survives pickling b
 
 __all__ = [
     "CheckpointError",
+    "CheckpointNotWrittenError",
     "ConfigError",
     "CorruptImageError",
     "FailureBudgetExceeded",
@@ -65,6 +66,10 @@ class StorageError(RunError):
     """Storage that refuses, is missing or keeps failing."""
 
     exit_code = EXIT_STORAGE
+
+
+class CheckpointNotWrittenError(StorageError):
+    """The end of a training run that storage does not take; what was learned since the checkpoint before is lost."""
 
 
 class SourceChangedError(RunError):

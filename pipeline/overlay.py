@@ -5,10 +5,21 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image, ImageDraw
 
 from pipeline.taxonomy import Taxonomy
 
-__all__ = ["Rgb", "blend_colors", "blend_labels", "blend_masks", "color_depth", "color_ramp", "outline"]
+__all__ = [
+    "Color",
+    "Rgb",
+    "blend_colors",
+    "blend_labels",
+    "blend_masks",
+    "color_depth",
+    "color_ramp",
+    "draw_boxes",
+    "outline",
+]
 
 Rgb = npt.NDArray[np.uint8]  # (H, W, 3)
 Color = Sequence[int] | npt.NDArray[Any]
@@ -44,6 +55,16 @@ def blend_masks(image_HWC: Rgb, masks: Iterable[tuple[Flags, Color]]) -> Rgb:
         blended[mask_HW] = blended[mask_HW] * (1 - MASK_ALPHA) + np.asarray(color, np.float32) * MASK_ALPHA
         blended[outline(mask_HW)] = 255
     return blended.astype(np.uint8)
+
+
+def draw_boxes(image_HWC: Rgb, boxes: Iterable[tuple[Sequence[float], Color]]) -> Rgb:
+    """Outlines of boxes (x, y, w, h in pixels of the image) in their colour; the last lies on top."""
+    picture = Image.fromarray(image_HWC)
+    draw = ImageDraw.Draw(picture)
+    for (x, y, w, h), color in boxes:
+        if w >= 0 and h >= 0:
+            draw.rectangle((x, y, x + w, y + h), outline=tuple(int(value) for value in color), width=2)
+    return np.asarray(picture)
 
 
 def outline(mask_HW: Flags) -> Flags:

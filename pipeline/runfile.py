@@ -10,7 +10,7 @@ from typing import Any
 
 import pipeline
 from pipeline.errors import SchemaError
-from pipeline.storage import join, open_fs, storage_errors
+from pipeline.storage import join, open_fs, storage_errors, write_file
 
 __all__ = ["RUN_FILE", "SCORES_FOLDER", "code_version", "read_run", "write_run"]
 
@@ -41,8 +41,8 @@ def write_run(uri: str, storage: Mapping[str, Any], run: Mapping[str, Any]) -> N
     fs, base = open_fs(uri, storage)
     with storage_errors(join(uri, RUN_FILE)):
         fs.makedirs(join(base, "_runs"), exist_ok=True)
-        for name in (f"_runs/{run['run_id']}.json", RUN_FILE):
-            fs.pipe_file(join(base, name), data)
+    for name in (f"_runs/{run['run_id']}.json", RUN_FILE):
+        write_file(fs, join(base, name), data, join(uri, RUN_FILE))
 
 
 def code_version() -> dict[str, str]:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.models.unet import UNetSmall
+from pipeline.models.zoo.unet import UNetSmall
 from pipeline.sources.scenes import GENERATOR_VERSION, render_scene
 from pipeline.taxonomy import load_taxonomy
 

@@ -87,6 +87,8 @@ def test_the_configs_of_the_repository_are_right(path: Path) -> None:
         ("output.uri=*.jpg", lambda c: c.output.uri == "*.jpg"),  # no YAML: text as it is
         ("output.uri={id}_x.png", lambda c: c.output.uri == "{id}_x.png"),
         ("ray_address=", lambda c: c.ray_address is None),
+        ("models.0.refine.0.kind=crf", lambda c: [stage.iterations for stage in c.models[0].refine] == [10]),
+        ("models.0.tta={scales: [0.5, 1], flip: true}", lambda c: c.models[0].tta.scales == (0.5, 1.0)),
     ],
 )
 def test_overrides(override: str, read: Any, tmp_path: Path) -> None:
@@ -152,6 +154,32 @@ WRONG = [
     (BASE.replace("{name: null_model}", "null_model"), ["models.1:", "got 'null_model'"]),
     (BASE.replace("{name: null_model}", "{label: x}"), ["models.1: one of name, spec, or a weights URI"]),
     (BASE.replace("{name: null_model}", "{name: x, spec: a:B}"), ["models.1: give one of name and spec, not both"]),
+    (
+        BASE.replace("{name: null_model}", "{name: x, refine: [{kind: crf, sdim: 3}]}"),
+        ["unknown key 'sdim' in models.1.refine.0"],
+    ),
+    (
+        BASE.replace("{name: null_model}", "{name: x, refine: [{kind: crf, iteration: 3}]}"),
+        ["unknown key 'iteration' in models.1.refine.0", "did you mean iterations"],
+    ),
+    (
+        BASE.replace("{name: null_model}", "{name: x, refine: [{kind: crf, iterations: 0}]}"),
+        ["models.1.refine.0.iterations: input should be greater than or equal to 1, got 0"],
+    ),
+    (BASE.replace("{name: null_model}", "{name: x, refine: [{kind: cfr}]}"), ["models.1.refine.0:", "'cfr'", "'crf'"]),
+    (
+        BASE.replace("{name: null_model}", "{name: x, refine: [{kind: small_regions}, {kind: crf}]}"),
+        ["models.1: refine.1 (crf) needs probabilities, but the stage before gives labels"],
+    ),
+    (BASE.replace("{name: null_model}", "{name: x, tta: {scales: []}}"), ["models.1.tta.scales:", "at least 1 item"]),
+    (
+        BASE.replace("{name: null_model}", "{name: x, tta: {scales: [1, 1]}}"),
+        ["models.1.tta: scales must differ, got 1.0, 1.0"],
+    ),
+    (
+        BASE.replace("{name: null_model}", "{name: x, tta: {window: {size: 64, overlap: 40}}}"),
+        ["models.1.tta.window: overlap must be at most half of size (64), got 40"],
+    ),
     ("source: {format: scenes}\nmodels: []\noutput: {uri: o}", ["models:", "at least 1 item", "got a list of 0"]),
     ("", ["run.yaml must hold a mapping of fields, got NoneType"]),
     ("[1, 2]", ["run.yaml must hold a mapping of fields, got list"]),
@@ -299,7 +327,7 @@ def every_field(kind: type[BaseModel], prefix: str = "") -> set[str]:
         if "oneOf" in node:
             for option in node["oneOf"]:
                 walk(option, path)
-        elif node.get("type") == "array" and "$ref" in node.get("items", {}):
+        elif node.get("type") == "array" and {"$ref", "oneOf"} & node.get("items", {}).keys():
             walk(node["items"], f"{path}.N")
         elif any("$ref" in option for option in node.get("anyOf", [])):
             walk(next(option for option in node["anyOf"] if "$ref" in option), path)

@@ -14,6 +14,7 @@ EXIT_CODES = {
     "TrainingDivergedError": 1,
     "UnknownModelError": 2,
     "CheckpointError": 2,
+    "CheckpointNotWrittenError": 4,
     "SchemaError": 2,
     "FailureBudgetExceeded": 3,
     "StorageError": 4,

@@ -15,12 +15,12 @@ from pipeline.errors import ConfigError
 from pipeline.masks import encode_depth, encode_label_map, encode_rle
 from pipeline.overlay import DEPTH_RAMP
 from pipeline.preview import (
-    BACKGROUND,
     contact_sheet,
     overlay,
     pick_rows,
     read_images,
 )
+from pipeline.sheet import BACKGROUND
 from pipeline.sources import pack
 from pipeline.sources.base import UnitEnd
 from pipeline.sources.scenes import Scenes, render_scene

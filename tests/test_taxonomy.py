@@ -20,6 +20,7 @@ BUNDLED = {
     "cityscapes34": (34, 10, 0, 33),
     "coco80": (80, 80, 1, 90),
     "coco_panoptic": (133, 80, 1, 200),
+    "objects": (1, 1, 1, 1),
     "scenes": (8, 3, 0, 7),
     "voc21": (21, 20, 0, 20),
 }
@@ -146,6 +147,10 @@ WRONG = {
     "id is void": yaml.safe_dump(tree(category(65535))),
     "id is infinite": yaml.safe_dump(tree(category(id=float("inf")))),
     "id is text": yaml.safe_dump(tree(category(id="one"))),
+    "id is a number in quotes": yaml.safe_dump(tree(category(id="1"))),
+    "id between two": yaml.safe_dump(tree(category(id=1.5))),
+    "name is a list": yaml.safe_dump(tree(category(name=["a"]))),
+    "name is null": yaml.safe_dump({**tree(category()), "name": None}),
     "no name": yaml.safe_dump(tree({"id": 1, "kind": "thing", "color": [1, 2, 3]})),
     "kind": yaml.safe_dump(tree(category(kind="things"))),
     "two channels": yaml.safe_dump(tree(category(color=[1, 2]))),
@@ -175,6 +180,13 @@ def test_files_are_bounded_and_must_exist(tmp_path: Path) -> None:
     for name in ("big.yaml", "none.yaml"):
         with pytest.raises(StorageError, match=name):
             load_taxonomy(str(tmp_path / name))
+
+
+def test_names_may_look_like_numbers() -> None:
+    """As MNIST's do; YAML reads 7 and 7.0 as numbers."""
+    found = build_taxonomy(tree(category(7, name=7), category(8.0, name="8")), "here")
+    assert [(c.id, c.name) for c in found.categories] == [(7, "7"), (8, "8")]
+    assert type(found.ids[1]) is int
 
 
 def test_a_taxonomy_is_a_value() -> None:

@@ -145,8 +145,12 @@ def test_large_ids_are_mapped_in_16_bits() -> None:
     assert (mapped.dtype, mapped.tolist()) == (np.uint16, [[1000, 65535, 65535]])
 
 
+# `objects` has one class, which is none of the others'.
+CLASSES = [name for name in bundled_taxonomies() if name != "objects"]
+
+
 @settings(deadline=None, max_examples=30)
-@given(st.sampled_from(bundled_taxonomies()), st.sampled_from(bundled_taxonomies()), st.integers(0, 2**32))
+@given(st.sampled_from(CLASSES), st.sampled_from(CLASSES), st.integers(0, 2**32))
 def test_every_class_goes_somewhere_and_is_listed(source_name: str, target_name: str, seed: int) -> None:
     source, target = load_taxonomy(source_name), load_taxonomy(target_name)
     mapping = map_taxonomy(source, target)

@@ -101,16 +101,18 @@ class Objects:
             raise PredictError(f"expected COCO results: {type(error).__name__}: {error}") from error
 
     @classmethod
-    def from_segments(cls, segments: Sequence[Mapping[str, Any]], *, height: int, width: int) -> "Objects":
+    def from_segments(
+        cls, segments: Sequence[Mapping[str, Any]], *, height: int, width: int, masked: bool = True
+    ) -> "Objects":
         """The table's `segments` of one image. Boxes are binned by their area and masks by theirs, as where their
-        results are evaluated from two files."""
+        results are evaluated from two files. masked: False where they are boxes alone."""
         size = [height, width]
         return cls(
             height=height,
             width=width,
             category_id=np.array([item["category_id"] for item in segments], np.int64),
             bbox_N4=_boxes([item["bbox"] for item in segments]),
-            segmentation=[{"size": size, "counts": item["rle"]} for item in segments],
+            segmentation=[{"size": size, "counts": item["rle"]} for item in segments] if masked else None,
             score=np.array([item["score"] for item in segments], np.float64),
         )
 

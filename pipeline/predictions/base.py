@@ -19,7 +19,8 @@ __all__ = ["Found", "Predicted", "PredictionSource", "ScoredModel", "UnitPredict
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Predicted:
-    """A prediction of one image, decoded. One of label_HW, objects, segment_HW and depth_HW is set.
+    """A prediction of one image, decoded: one of label_HW, objects and depth_HW, or segment_HW with or without a
+    label_HW.
 
     label_HW: ids of the prediction's taxonomy. objects: instances with their scores. segment_HW, segments: a panoptic
     map of segment ids (0 = void) and its segments (id, category_id). depth_HW: NaN where there is none.

@@ -110,7 +110,7 @@ class TablePredictions:
 
     def open_unit(self, unit: Unit, payload: bytes, model: str) -> UnitPredictions:
         description = next(entry for entry in self.run["models"] if entry["label"] == model)
-        reader = _Reader(self.config.uri, self.config.storage, panoptic=description["task"] == "panoptic")
+        reader = _Reader(self.config.uri, self.config.storage, description["task"])
         if self.index is not None:
             return _Indexed(reader, self.index, model)
         paths = json.loads(zlib.decompress(payload)).get(model, [])
@@ -138,7 +138,7 @@ class _Reader:
 
     uri: str
     storage: Mapping[str, Any]
-    panoptic: bool
+    task: str
     _files: dict[str, pq.ParquetFile] = field(default_factory=dict)
     _groups: dict[tuple[str, int], pa.Table] = field(default_factory=dict)
 
@@ -170,7 +170,7 @@ class _Reader:
             error = _as_error(values["error_type"], values["error_message"])
             return replace(found, error=error, error_stage=values["error_stage"] or "predict")
         try:
-            return replace(found, predicted=stored(values, panoptic=self.panoptic))
+            return replace(found, predicted=stored(values, self.task))
         except SchemaError as error:
             return replace(found, error=errors.PredictError(str(error)), error_stage="decode")
 
@@ -245,7 +245,7 @@ class _Index:
     @classmethod
     def build(cls, table: RowTable, versions: Mapping[str, str], *, by_name: bool) -> "_Index":
         """Raises ConfigError where two rows of a model have the same key."""
-        reader = _Reader(table.uri, table.storage, panoptic=False)
+        reader = _Reader(table.uri, table.storage, "")
         parts: list[pa.Table] = []
         files = _current(table.files(), versions)
         for path, model in zip(files.column("path").to_pylist(), files.column("model").to_pylist(), strict=True):

@@ -12,8 +12,8 @@ from pipeline.images import DEFAULT_MAX_PIXELS, decode_image
 from pipeline.metrics.depth import DepthOptions
 from pipeline.metrics.detection_match import Objects
 from pipeline.overlay import Rgb
+from pipeline.panels import Panels, depth_panels, image_panel, label_panels, object_panels, panoptic_panels
 from pipeline.predictions.base import Found, Predicted
-from pipeline.report.panels import Panels, depth_panels, image_panel, label_panels, object_panels, panoptic_panels
 from pipeline.sources.base import Sample
 from pipeline.stages.score import Scorer
 from pipeline.targets import read_depth, read_instances, read_panoptic, read_segments
@@ -119,10 +119,12 @@ def _image(sample: Sample, max_pixels: int) -> Rgb:
 def _target(predicted: Predicted, found: Found, targets: Mapping[str, bytes], scorer: Scorer) -> Any:
     """The target of the prediction's kind as `_draw` takes it, None where there is none."""
     depth = scorer.options.depth
+    if predicted.segment_HW is not None:
+        if not {"panoptic", "segments"} <= targets.keys():
+            return None
+        return read_panoptic(targets["panoptic"], max_pixels=scorer.max_pixels), read_segments(targets["segments"])
     if predicted.label_HW is not None:
         return scorer.semantic_target(targets)
-    if predicted.segment_HW is not None and {"panoptic", "segments"} <= targets.keys():
-        return read_panoptic(targets["panoptic"], max_pixels=scorer.max_pixels), read_segments(targets["segments"])
     if predicted.objects is not None and "instances" in targets:
         annotations, width, height = read_instances(targets["instances"])
         width, height = width or found.width, height or found.height
@@ -147,11 +149,11 @@ def _draw(
 ) -> Panels:
     """kind: the prediction that says which of the drawings it is. target, pred: None where there is none to draw."""
     taxonomy = scorer.target
-    if kind.label_HW is not None:
-        return label_panels(image_HWC, target, pred.label_HW if pred else None, taxonomy, scorer.options.ignore)
     if kind.segment_HW is not None:
         side = (pred.segment_HW, pred.segments) if pred and pred.segment_HW is not None else None
         return panoptic_panels(image_HWC, target, side, taxonomy)
+    if kind.label_HW is not None:
+        return label_panels(image_HWC, target, pred.label_HW if pred else None, taxonomy, scorer.options.ignore)
     if kind.objects is not None:
         return object_panels(image_HWC, target, pred.objects if pred else None, taxonomy, min_score)
     depth = scorer.options.depth

@@ -52,8 +52,7 @@ class ScoredTable:
 
     def scan(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """This model's rows as the table has them."""
-        own = (pc.field(MODEL) == self.model["label"]) & (pc.field("model_version") == self.model["version"])
-        return self.table.scan(columns, own)
+        return self.table.scan(columns, {MODEL: self.model["label"], "model_version": self.model["version"]})
 
 
 def open_scored(uri: str, storage: Mapping[str, Any], label: str | None = None) -> list[ScoredTable]:

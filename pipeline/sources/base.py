@@ -48,7 +48,9 @@ class Sample:
 
     image: encoded bytes, empty where `error` is set or only targets were asked for.
     targets: encoded targets by kind: `semantic` (PNG), `panoptic` (PNG), `segments` (JSON), `instances` (JSON with
-        `annotations`, and the image's `width` and `height` where they are known), `depth` (PNG, or .npy in metres).
+        `annotations`, and the image's `width` and `height` where they are known), `depth` (PNG, or .npy in
+        metres); and `prompts` (JSON), which are no target but go the same way: where promptable models shall look
+        (pipeline/prompts.py).
     fields: further columns that the source knows (captures of a path template, for slicing reports).
     """
 

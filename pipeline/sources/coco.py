@@ -7,7 +7,7 @@ images' annotations, so that workers never see the whole.
 import colorsys
 import json
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import fsspec
@@ -119,7 +119,8 @@ class Coco:
         )
         results = read_objects(groups, max_bytes=self.config.max_bytes)
         for position, (image, mask) in zip(wanted, results, strict=True):
-            yield _sample(unit, position, rows[position], image if images else b"", mask)
+            sample = _sample(unit, position, rows[position], image if images else b"", mask)
+            yield replace(sample, targets=_with_prompts(sample.targets)) if self.config.prompts else sample
         yield UnitEnd(rows=len(rows))
 
     def _image_folder(self) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -250,6 +251,26 @@ def _find(listed: Mapping[str, Entry] | None, root: str, name: str) -> Entry | N
 def _wanted(fs: fsspec.AbstractFileSystem, root: str, name: str, size_bytes: int | None) -> Wanted | None:
     path = below(root, name)
     return Wanted(fs, path, size_bytes) if path else None
+
+
+def _with_prompts(targets: Mapping[str, bytes]) -> dict[str, bytes]:
+    """With the boxes of the annotations that are no crowds as prompts: x1, y1, x2, y2. What is no box stays as it is,
+    for the reader of prompts to complain of on that row."""
+    if "instances" not in targets:
+        return dict(targets)
+    annotations = json.loads(targets["instances"])["annotations"]
+    corners = []
+    for annotation in annotations:
+        box = annotation.get("bbox")
+        if not box or annotation.get("iscrowd"):
+            continue
+        try:
+            x, y, w, h = map(float, box)
+        except (TypeError, ValueError, OverflowError):
+            corners.append(box)
+        else:
+            corners += [[x, y, x + w, y + h]] if w > 0 and h > 0 else []
+    return {**targets, "prompts": json.dumps({"boxes": corners}).encode()}
 
 
 def _sample(

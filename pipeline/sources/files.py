@@ -26,7 +26,7 @@ from pipeline.storage import Entry, address, clean, list_entries, open_fs, relat
 __all__ = ["IMAGE_SUFFIXES", "Files", "known_captures"]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
-KINDS = ("semantic", "panoptic", "segments", "instances", "depth")
+KINDS = ("semantic", "panoptic", "segments", "instances", "depth", "prompts")
 
 
 @dataclass(frozen=True)

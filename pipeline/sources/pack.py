@@ -20,6 +20,7 @@ TARGET_SUFFIXES = {
     "segments": ".panoptic.json",
     "instances": ".instances.json",
     "depth": ".depth.png",
+    "prompts": ".prompts.json",
 }
 NPY = b"\x93NUMPY"
 SIGNATURES = (

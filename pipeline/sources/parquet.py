@@ -36,7 +36,7 @@ BATCH_ROWS = 16
 BUFFER_BYTES = 4 << 20
 FOOTER_THREADS = 16
 FOOTER_TRIES = 3
-KINDS = ("semantic", "panoptic", "segments", "instances", "depth")
+KINDS = ("semantic", "panoptic", "segments", "instances", "depth", "prompts")
 
 
 class _File:

@@ -190,6 +190,9 @@ def _encode_targets(scene: Scene, kinds: tuple[str, ...]) -> dict[str, bytes]:
     if "instances" in kinds:
         height, width = scene.segment_HW.shape
         targets["instances"] = _json({"annotations": [*_annotations(scene)], "width": width, "height": height})
+    if "prompts" in kinds:
+        boxes = [segment.bbox for segment in scene.segments if segment.category_id >= CAR]
+        targets["prompts"] = _json({"boxes": [[x, y, x + w, y + h] for x, y, w, h in boxes]})
     if "depth" in kinds:
         # Millimetres; + 0.5 rounds to nearest without depending on a library's rounding.
         targets["depth"] = _png((scene.depth_HW * np.float32(1000) + np.float32(0.5)).astype(np.uint16))

@@ -5,6 +5,7 @@ A member's key is its path up to the first dot of its base name, what follows de
     0001.jpg (.jpeg .png .webp .tif .tiff .bmp)                   the image
     0001.seg.png  .panoptic.png  .depth.png or .depth.npy         targets
     0001.panoptic.json or .json  0001.instances.json              targets (segments, instances)
+    0001.prompts.json                                             prompts of promptable models
 
 Others are ignored, and so are names without a dot and hidden ones (`._0001.jpg`). Where a key has no such image, a
 longer extension serves (`0001.color.jpg`). Names are ids only; nothing is ever written to or read from them.
@@ -35,6 +36,7 @@ TARGETS = {
     "instances.json": "instances",
     "depth.png": "depth",
     "depth.npy": "depth",
+    "prompts.json": "prompts",
 }
 # Where a key has another member of the same kind, that one counts.
 SECOND = frozenset({"json", "depth.npy"})

@@ -88,7 +88,7 @@ def main() -> int:
         width=width,
         height=height,
     )
-    from pipeline.dataflow.cluster import MALLOC
+    from pipeline.dataflow.cluster import ENVIRONMENT
     from pipeline.models.registry import find_model
 
     preprocess = find_model(arguments.model).preprocess
@@ -98,7 +98,7 @@ def main() -> int:
     for _ in range(arguments.rounds):
         call = f"limit({arguments.model!r}, {arguments.batch}, {height}, {width}, 15, {threads})"
         code = f"from efficiency import limit; print({call})"
-        environment = {**os.environ, **MALLOC, "PYTHONPATH": f"{REPOSITORY}:{Path(__file__).parent}"}
+        environment = {**os.environ, **ENVIRONMENT["env_vars"], "PYTHONPATH": f"{REPOSITORY}:{Path(__file__).parent}"}
         printed = subprocess.run(
             [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
         )

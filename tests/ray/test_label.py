@@ -277,7 +277,7 @@ def test_a_model_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     package = tmp_path / "package"
     package.mkdir()
     (package / "my_model.py").write_text(
-        "from pipeline.models.null import Null\n"
+        "from pipeline.models.zoo.null import Null\n"
         "from pipeline.models.spec import ModelSpec, Preprocess\n"
         "SPEC = ModelSpec(name='mine', task='semantic', build=Null, preprocess=Preprocess(pad_multiple=4),\n"
         "                 taxonomy='scenes', license='none')\n"

@@ -19,10 +19,7 @@ from pipeline.metrics.depth import DepthOptions
 from pipeline.metrics.detection import Detection
 from pipeline.metrics.detection_match import Objects
 from pipeline.metrics.panoptic import PanopticState
-from pipeline.predictions.base import Found, Predicted
-from pipeline.preview import read_images
-from pipeline.report.gallery import PANELS, Picture, collect_pictures
-from pipeline.report.panels import (
+from pipeline.panels import (
     MISSED,
     PANEL,
     RIGHT,
@@ -35,6 +32,9 @@ from pipeline.report.panels import (
     object_panels,
     panoptic_panels,
 )
+from pipeline.predictions.base import Found, Predicted
+from pipeline.preview import read_images
+from pipeline.report.gallery import PANELS, Picture, collect_pictures
 from pipeline.sources.base import Sample
 from pipeline.sources.scenes import render_scene
 from pipeline.stages.score import Scorer

@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.errors import RunError
 from pipeline.preview import read_images
@@ -122,8 +121,11 @@ def _with_images(
     samples: Sequence[tuple[Sample, int]], a: ScoredTable, overrides: Overrides
 ) -> Iterator[tuple[Sample, int]]:
     """The samples of a table, which have no images, with those of the table's source."""
-    own = (pc.field(MODEL) == a.model["label"]) & (pc.field("model_version") == a.model["version"])
-    wanted = own & pc.field("image_id").isin(pa.array([sample.image_id for sample, _ in samples], pa.string()))
+    wanted = {
+        MODEL: a.model["label"],
+        "model_version": a.model["version"],
+        "image_id": pa.array([sample.image_id for sample, _ in samples], pa.string()),
+    }
     rows = [row for batch in a.table.scan(["image_id", "shard_id", "position"], wanted) for row in batch.to_pylist()]
     try:
         source = describe_run(a, overrides).source

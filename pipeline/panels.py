@@ -10,14 +10,24 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from pipeline.metrics.depth_align import DepthKind, DepthOptions, align, crop_window
 from pipeline.metrics.detection_match import Objects
 from pipeline.metrics.joint import joint_counts
 from pipeline.metrics.panoptic import VOID, Segments
-from pipeline.overlay import Flags, Rgb, blend_colors, blend_labels, blend_masks, color_depth, color_ramp, outline
+from pipeline.overlay import (
+    Flags,
+    Rgb,
+    blend_colors,
+    blend_labels,
+    blend_masks,
+    color_depth,
+    color_ramp,
+    draw_boxes,
+    outline,
+)
 from pipeline.taxonomy import Taxonomy
 
 __all__ = ["Panels", "depth_panels", "image_panel", "label_panels", "object_panels", "panoptic_panels"]
@@ -295,11 +305,5 @@ def _draw_objects(image_HWC: Rgb, objects: Objects, chosen: Iterable[tuple[int, 
             image_HWC, ((_sampled(np.asarray(coco_mask.decode(rles[at]), bool)), color) for at, color in chosen)
         )
     boxes_N4 = objects.shapes("bbox")[0]
-    picture = Image.fromarray(image_HWC)
-    draw = ImageDraw.Draw(picture)
-    scale = np.array([picture.width / objects.width, picture.height / objects.height] * 2)
-    for at, color in chosen:
-        x, y, w, h = (boxes_N4[at] * scale).tolist()
-        if w >= 0 and h >= 0:
-            draw.rectangle((x, y, x + w, y + h), outline=tuple(int(value) for value in color), width=2)
-    return np.asarray(picture)
+    scale = np.array([image_HWC.shape[1] / objects.width, image_HWC.shape[0] / objects.height] * 2)
+    return draw_boxes(image_HWC, (((boxes_N4[at] * scale).tolist(), color) for at, color in chosen))
