@@ -7,6 +7,7 @@ with FaultProxy("http://127.0.0.1:5000") as proxy:
 """
 
 import asyncio
+import random
 import re
 import threading
 from dataclasses import dataclass, field
@@ -31,22 +32,27 @@ class Fault:
 
     method, path: regular expressions; the whole method, and anywhere in the path with its query, as it was sent.
     skip, times: so many of those go through first, then so many fail; None is all that come.
+    share: of those that may fail so many do, drawn from `chance`.
     what: `status` answers with `status` and `body`, `reset` cuts the connection, `stall` lets `seconds` pass before
-        that, `cut` ends the server's answer in its middle, `hold` waits until `released` is set and goes on as usual.
+        that, `cut` ends the server's answer in its middle, `hold` waits until `released` is set and goes on as usual,
+        `stale` gives a listing as it was when it was asked for before.
     forwarded: the server gets the request, and it is its answer that is lost.
-    reached: set when the fault happens for the first time.
+    reached: set when the fault happens for the first time. happened: how often it did.
     """
 
     method: str = ".*"
     path: str = ""
     skip: int = 0
     times: int | None = None
-    what: Literal["status", "reset", "stall", "cut", "hold"] = "status"
+    share: float = 1.0
+    chance: random.Random = field(default_factory=lambda: random.Random(0))
+    what: Literal["status", "reset", "stall", "cut", "hold", "stale"] = "status"
     status: int = 503
     body: bytes = SLOW_DOWN
     seconds: float = 30.0
     forwarded: bool = False
     seen: int = 0
+    happened: int = 0
     reached: threading.Event = field(default_factory=threading.Event)
     released: threading.Event = field(default_factory=threading.Event)
 
@@ -55,19 +61,23 @@ class Fault:
         if not (re.fullmatch(self.method, method) and re.search(self.path, path)):
             return False
         self.seen += 1
-        happens = self.seen > self.skip and (self.times is None or self.seen <= self.skip + self.times)
+        happens = self.seen > self.skip and (self.times is None or self.happened < self.times)
+        happens = happens and (self.share >= 1 or self.chance.random() < self.share)
         if happens:
+            self.happened += 1
             self.reached.set()
         return happens
 
 
 @dataclass(frozen=True)
 class Request:
-    """A request that came. outcome: the status that was answered, or the fault that was not an answer."""
+    """A request that came. outcome: the status that was answered, or the fault that was not an answer. agent: what the
+    client calls itself."""
 
     method: str
     path: str
     outcome: int | str
+    agent: str
 
 
 class FaultProxy:
@@ -79,6 +89,7 @@ class FaultProxy:
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
         self.uri = ""
+        self._listings: dict[str, tuple[int, dict[str, str], bytes]] = {}
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._stop = asyncio.Event()
@@ -134,6 +145,13 @@ class FaultProxy:
             while not fault.released.is_set():
                 await asyncio.sleep(0.01)
             fault = None
+        if fault is not None and fault.what == "stale":
+            if request.raw_path in self._listings:
+                status, headers, data = self._listings[request.raw_path]
+                self._note(request, fault.what)
+                return web.Response(status=status, headers=headers, body=data)
+            fault.happened -= 1
+            fault = None
         if fault is not None and fault.what != "cut":
             if fault.forwarded:
                 await self._forward(request, body, session)
@@ -144,6 +162,8 @@ class FaultProxy:
                 await asyncio.sleep(fault.seconds)
             return _reset(request)
         status, headers, data = await self._forward(request, body, session)
+        if request.method == "GET" and "list-type" in request.query:
+            self._listings[request.raw_path] = status, headers, data
         self._note(request, status if fault is None else fault.what)
         if fault is None:
             return web.Response(status=status, headers=headers, body=data)
@@ -154,7 +174,7 @@ class FaultProxy:
         return _reset(request)
 
     def _note(self, request: web.BaseRequest, outcome: int | str) -> None:
-        self.requests.append(Request(request.method, request.raw_path, outcome))
+        self.requests.append(Request(request.method, request.raw_path, outcome, request.headers.get("User-Agent", "")))
 
     async def _forward(
         self, request: web.BaseRequest, body: bytes, session: aiohttp.ClientSession
