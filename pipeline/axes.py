@@ -35,8 +35,9 @@ def nice_axis(low: float, high: float, title: str = "", ticks: int = 4, *, whole
     raw = max(span / ticks, 1.0 if whole else 0.0)
     power = 10 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    values = [at * step for at in range(first, math.floor((low + span) / step + 1e-9) + 1)]
+    nearly = 1e-9 * span  # an end that rounding moved beside its tick
+    first, last = math.ceil((low - nearly) / step), math.floor((low + span + nearly) / step)
+    values = [at * step for at in range(first, last + 1)]
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     return Axis(low, low + span, tuple((value, _tick(value, digits)) for value in values), title)
 

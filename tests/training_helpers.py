@@ -1,6 +1,7 @@
 """Several workers on this machine, small models and small data for tests of training."""
 
 import itertools
+import multiprocessing
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,8 +42,11 @@ CLASSES = 5
 
 def run_workers(function: Callable[..., Any], sizes: Sequence[int], *args: Any) -> dict[int, list[Any]]:
     """`function(workers, *args)` on groups of each size, by size and rank; one start of processes for all."""
+    # They are forked from a server that has imported this once: with torch that is most of what such a test costs.
+    multiprocessing.set_forkserver_preload([__name__])
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (max(sizes), folder, function, tuple(sizes), args), nprocs=max(sizes))
+        given = (max(sizes), folder, function, tuple(sizes), args)
+        mp.start_processes(_worker, given, nprocs=max(sizes), start_method="forkserver")
         return {
             size: [torch.load(Path(folder) / f"{size}-{rank}.pt", weights_only=False) for rank in range(size)]
             for size in sizes

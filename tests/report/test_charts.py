@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from markupsafe import Markup
 
@@ -194,6 +194,7 @@ def test_large_heat_maps_stay_small() -> None:
 
 
 @given(st.floats(-1e12, 1e12), st.floats(1e-6, 1e12), st.booleans())
+@example(low=1e-10, span=1e-6, whole=True)
 def test_ticks_are_round_and_inside(low: float, span: float, whole: bool) -> None:
     axis = nice_axis(low, low + span, whole=whole)
     values = [value for value, _ in axis.ticks]
