@@ -38,6 +38,7 @@ from pipeline.storage import delta_options, join, open_fs, storage_errors
 __all__ = ["FILE_SCHEMA", "FileRecord", "RowTable", "delta_errors", "file_schema", "write_file"]
 
 FENCE = "maskmill"
+MARK = "maskmill.commit"
 LOST = -1
 SCAN_ROWS = 4096
 REWRITES_AT_ONCE = 16
@@ -202,16 +203,34 @@ class RowTable:
                 raise StorageError(f"output {self.uri}: {TAKEN_OVER}")
 
     def _commit(self, actions: list[AddAction | RemoveAction]) -> None:
+        mark, before = uuid.uuid4().hex, self._table.version()
         with delta_errors(f"output {self.uri}"), self._last_chance():
-            self._table.create_write_transaction(
-                actions,
-                mode="append",
-                schema=self._table.schema(),
-                partition_by=[MODEL],
-                commit_properties=CommitProperties(app_transactions=[Transaction(FENCE, self._fence)]),
-                post_commithook_properties=QUIET,
-            )
+            try:
+                self._table.create_write_transaction(
+                    actions,
+                    mode="append",
+                    schema=self._table.schema(),
+                    partition_by=[MODEL],
+                    commit_properties=CommitProperties(
+                        custom_metadata={MARK: mark}, app_transactions=[Transaction(FENCE, self._fence)]
+                    ),
+                    post_commithook_properties=QUIET,
+                )
+            except CommitFailedError:
+                # Where the answer to a commit is lost, the client sends it again and meets what it wrote itself.
+                self._table.update_incremental()
+                if not self._wrote(mark, before):
+                    raise
             self._table.update_incremental()
+
+    def _wrote(self, mark: str, before: int) -> bool:
+        """Whether the commit with this mark is among those after version `before`."""
+        fs, base = open_fs(self.uri, self.storage)
+        with storage_errors(f"output {self.uri}"):
+            return any(
+                mark.encode() in fs.cat_file(join(base, "_delta_log", f"{version:020}.json"))
+                for version in range(before + 1, self._table.version() + 1)
+            )
 
     def files(self) -> pa.Table:
         """What the log knows of each file: path, model, model_version, shard_id, rows, failed. No file is opened.
