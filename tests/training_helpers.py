@@ -43,7 +43,7 @@ CLASSES = 5
 def run_workers(function: Callable[..., Any], sizes: Sequence[int], *args: Any) -> dict[int, list[Any]]:
     """`function(workers, *args)` on groups of each size, by size and rank; one start of processes for all."""
     # They are forked from a server that has imported this once: with torch that is most of what such a test costs.
-    multiprocessing.set_forkserver_preload([__name__])
+    multiprocessing.set_forkserver_preload(["pipeline.training.loop", "pipeline.training.validate"])
     with tempfile.TemporaryDirectory() as folder:
         given = (max(sizes), folder, function, tuple(sizes), args)
         mp.start_processes(_worker, given, nprocs=max(sizes), start_method="forkserver")
