@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -11,6 +10,7 @@ from pydantic import ValidationError
 
 from pipeline.config import REFINES, SOURCES, AnySource, Section, SourceConfig
 from pipeline.errors import ConfigError
+from pipeline.redaction import HIDDEN, is_secret_name, redact_options, redact_text
 from pipeline.storage import read_bytes
 
 __all__ = ["describe", "load_config", "load_overrides", "load_yaml", "redacted", "source_from"]
@@ -208,34 +208,22 @@ def describe(kind: type[Section], prefix: str = "") -> list[tuple[str, str, str]
 
 
 def redacted(config: Section) -> dict[str, Any]:
-    """The resolved config as plain values with every storage option's value hidden except addresses, and the password
-    of an address too."""
+    """The resolved config as plain values without credentials: every storage option's value is hidden except addresses
+    and switches, and elsewhere what a field's name or an address says to be one."""
 
     def walk(value: Any, key: str = "") -> Any:
         if key == "storage" and isinstance(value, Mapping):
-            return {name: _redact(name, option) for name, option in value.items()}
+            return redact_options(value)
         if isinstance(value, Mapping):
-            return {name: walk(item, name) for name, item in value.items()}
+            return {name: walk(item, str(name)) for name, item in value.items()}
         if isinstance(value, list | tuple):
-            return [walk(item) for item in value]
-        return _without_password(value)
+            return [walk(item, key) for item in value]
+        if not isinstance(value, str):
+            return value
+        return HIDDEN if is_secret_name(key) else redact_text(value)
 
     result: dict[str, Any] = walk(config.model_dump(mode="json"))
     return result
-
-
-def _redact(name: str, option: Any) -> Any:
-    if isinstance(option, Mapping):
-        return {key: _redact(key, value) for key, value in option.items()}
-    return _without_password(option) if name in ADDRESSES else "***"
-
-
-ADDRESSES = {"endpoint_url", "region_name", "anon", "use_ssl", "verify"}
-
-
-def _without_password(value: Any) -> Any:
-    """https://user:password@host without the password; abfs://container@account has none."""
-    return re.sub(r"(://[^/@:]*:)[^/@]*@", r"\1***@", value) if isinstance(value, str) else value
 
 
 def source_from(tree: Mapping[str, Any]) -> "SourceConfig":

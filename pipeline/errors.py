@@ -1,7 +1,10 @@
 """The error tree: a RunError stops the run with an exit code, a RowError is recorded on its row and the run goes on.
 
-Every class takes one positional message, so that each error survives pickling between Ray processes.
+Every class takes one positional message, so that each error survives pickling between Ray processes. Credentials are
+taken out of it when the error is made, so that no log, table or run.json that repeats it can hold them.
 """
+
+from pipeline.redaction import redact_text
 
 __all__ = [
     "CheckpointError",
@@ -36,6 +39,9 @@ EXIT_INTERRUPTED = 130
 
 class MaskmillError(Exception):
     """Root of all errors that this package raises on purpose."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(redact_text(item) if isinstance(item, str) else item for item in arguments))
 
 
 class RunError(MaskmillError):

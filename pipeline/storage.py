@@ -15,6 +15,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import ConfigError, RunError, StorageError
+from pipeline.redaction import remember, unsigned
 
 __all__ = [
     "Entry",
@@ -36,6 +37,8 @@ __all__ = [
 
 MAX_BRACE_EXPANSIONS = 2_000_000
 GLOB_CHARACTERS = "*?["
+# File systems that are programs of their own: Jinja templates that say where bytes come from.
+TEMPLATED = ("reference",)
 READ_BYTES = 16 << 20
 PART_SUFFIX = ".part"
 LISTING_THREADS = 32
@@ -80,7 +83,15 @@ def storage_errors(where: str) -> Iterator[None]:
 
 
 def open_fs(uri: str, options: Mapping[str, Any] | None = None) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of `uri` and the path on it. Raises ConfigError for an unknown protocol."""
+    """The file system of `uri` and the path on it. Raises ConfigError for an unknown protocol.
+
+    From here on no message of this process repeats the credentials in `options`.
+    """
+    remember(options or {})
+    for protocol in TEMPLATED:
+        # Also in front of another address, as in reference::https://host/file.json.
+        if any(part.partition("://")[0].lower() == protocol for part in uri.split("::")):
+            raise ConfigError(f"{uri}: {protocol} is not read: such files are templates that name any other address")
     try:
         with storage_errors(uri):
             fs, path = url_to_fs(uri, **dict(options or {}))
@@ -105,8 +116,8 @@ def clean(text: str) -> str:
 
 
 def relative(root: str, path: str) -> str:
-    """`path` below the folder `root`, for ids; see `clean`."""
-    return clean(path.removeprefix(root).lstrip("/"))
+    """`path` below the folder `root`, for ids: see `clean`, and without what signs an HTTP address."""
+    return unsigned(clean(path.removeprefix(root).lstrip("/")))
 
 
 def join(root: str, *parts: str) -> str:
