@@ -4,12 +4,15 @@ import logging
 import os
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from pipeline.config import Section
 from pipeline.configfile import describe, load_config, load_overrides
 from pipeline.errors import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_UNEXPECTED, ConfigError, MaskmillError, RunError
+from pipeline.printable import PlainFormatter, printable, printable_log
+from pipeline.redaction import redact_text
 
 __all__ = ["Interrupted", "config_help", "config_job", "guarded", "storage_options"]
 
@@ -45,7 +48,9 @@ def _print(text: str) -> int:
 
 def guarded(body: Callable[[], int]) -> int:
     """Run a job's body; errors become one line on standard error and an exit code."""
-    logging.basicConfig(level=logging.WARNING, format="maskmill: %(levelname)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PlainFormatter("maskmill: %(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         return body()
     except RunError as error:
@@ -57,11 +62,14 @@ def guarded(body: Callable[[], int]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception:  # noqa: BLE001  (Python would print the same, with whatever credentials the message holds)
+        print(printable_log(redact_text(traceback.format_exc())), end="", file=sys.stderr)
+        return EXIT_UNEXPECTED
 
 
 def fail(text: str, code: int) -> int:
-    """Say what went wrong in one line."""
-    print(f"maskmill: error: {' '.join(text.split())}", file=sys.stderr)
+    """Say what went wrong in one line, without credentials and control characters."""
+    print(printable(redact_text(f"maskmill: error: {' '.join(text.split())}")), file=sys.stderr)
     return code
 
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
-from rich.console import Console
 
 from jobs.common import guarded
 from jobs.evaluate import evaluate
 from pipeline.config import EvaluateConfig
 from pipeline.configfile import load_overrides, redacted
 from pipeline.errors import ConfigError, RunError
+from pipeline.printable import PrintableConsole, printable
 from pipeline.report.compare.agreement import agreement_score, write_agreement
 from pipeline.report.compare.agreement_page import render_agreement
 from pipeline.report.compare.cells import run_names
@@ -125,7 +125,7 @@ def _pictures(draw: Callable[[], Pictures]) -> Pictures:
     try:
         return draw()
     except RunError as error:
-        print(f"maskmill: the page has no pictures: {' '.join(str(error).split())}", file=sys.stderr)
+        print(printable(f"maskmill: the page has no pictures: {' '.join(str(error).split())}"), file=sys.stderr)
         return {}
 
 
@@ -199,7 +199,7 @@ def _check_own(uri: str, storage: Mapping[str, Any], config: EvaluateConfig) -> 
 
 def _show(comparison: Mapping[str, Any], uri: str, *, page: bool) -> None:
     width = None if sys.stdout.isatty() else PIPE_WIDTH
-    console = Console(highlight=False, markup=False, emoji=False, width=width)
+    console = PrintableConsole(width=width)
     names = run_names(comparison)
     for side, name in zip(SIDES, names, strict=True):
         run = comparison[side]["run"]

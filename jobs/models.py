@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from jobs.common import guarded
 from pipeline.models.listing import NUMBERS, TIMED_SIZE, Listed, as_text, listed, markdown_rows, plain
 from pipeline.models.registry import MODELS, find_model
+from pipeline.printable import PrintableConsole
 
 __all__ = ["main", "page"]
 
@@ -106,7 +106,7 @@ def _print(rows: Sequence[Listed]) -> None:
         table.add_column(column, overflow="fold", no_wrap=column == "name", justify=justify)
     for row in cells:
         table.add_row(*(row.get(column, "–") for column in columns))
-    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, markup=False).print(table)
+    PrintableConsole(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
 
 
 if __name__ == "__main__":

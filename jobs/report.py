@@ -6,11 +6,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-
 from jobs.common import guarded
 from pipeline.configfile import load_overrides
 from pipeline.errors import ConfigError, RunError
+from pipeline.printable import PrintableConsole, printable
 from pipeline.report.gallery import Picture
 from pipeline.report.pictures import report_pictures
 from pipeline.report.report import PAGE_FILE, REPORT_FILE, ReportOptions, encode, write_page, write_report
@@ -66,7 +65,7 @@ def _report(arguments: argparse.Namespace) -> int:
     storage: dict[str, Any] = tree.get("storage", {})
     options = ReportOptions(by=arguments.by, replicates=arguments.bootstrap, images=arguments.images)
     width = None if sys.stdout.isatty() else PIPE_WIDTH
-    console = Console(highlight=False, markup=False, emoji=False, width=width)
+    console = PrintableConsole(width=width)
     reports: dict[str, Mapping[str, Any]] = {}
     scored = open_scored(arguments.output, storage, arguments.model)
     for one in scored:
@@ -98,11 +97,11 @@ def _pictures(report: Mapping[str, Any], scored: ScoredTable, overrides: Mapping
     try:
         return report_pictures(report, scored, overrides)
     except RunError as error:
-        print(f"maskmill: the page has no pictures: {' '.join(str(error).split())}", file=sys.stderr)
+        print(printable(f"maskmill: the page has no pictures: {' '.join(str(error).split())}"), file=sys.stderr)
         return {}
 
 
-def _show(console: Console, report: Mapping[str, Any], uri: str, *, page: bool) -> None:
+def _show(console: PrintableConsole, report: Mapping[str, Any], uri: str, *, page: bool) -> None:
     model, run = report["model"], report["run"]
     console.print(f"{model['label']} {model['version']}, run {run.get('run_id')}: {run.get('state')}")
     for table in report_tables(report):

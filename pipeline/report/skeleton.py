@@ -2,6 +2,7 @@
 
 The page loads nothing. Its content security policy names its own style sheet and script by their hash, so that markup
 that came through with the data could neither run nor load anything, even if it were not escaped; it is escaped as well.
+Control characters and bidirectional overrides are shown as their codes: a name reads as what it is.
 """
 
 import base64
@@ -14,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from pipeline.printable import printable
 from pipeline.report.gallery import Picture
 
 __all__ = [
@@ -173,8 +175,7 @@ def render(
     )
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode("ascii")
     style, script = (_asset(name) for name in ("style.css", "script.js"))
-    page = environment.get_template(template)
-    return page.render(
+    page = environment.get_template(template).render(
         title=title,
         sections=[section for section in sections if section.blocks],
         notes=notes,
@@ -192,6 +193,8 @@ def render(
         ),
         **more,
     )
+    # Last of all, so that no text can have come past it; what takes their place needs no escaping in HTML.
+    return printable(page, keep="\t\n")
 
 
 def _asset(name: str) -> str:
