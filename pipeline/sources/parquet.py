@@ -32,6 +32,8 @@ __all__ = ["ParquetFiles"]
 
 SUFFIXES = (".parquet", ".pq")
 BATCH_ROWS = 16
+# One value may stand in a dictionary once and in every row of a batch: a file of a megabyte could ask for gigabytes.
+BATCH_BYTES = 1 << 30
 # A column chunk may be a gigabyte; this is how much of one is asked for at once.
 BUFFER_BYTES = 4 << 20
 FOOTER_THREADS = 16
@@ -229,7 +231,8 @@ class ParquetFiles:
     def _batches(self, fs: fsspec.AbstractFileSystem, unit: Unit, columns: list[str]) -> Iterator[pa.RecordBatch]:
         with _opened(fs, str(fs._strip_protocol(unit.location))) as parquet:
             self._check(parquet.schema_arrow, unit.location, columns)
-            yield from parquet.iter_batches(BATCH_ROWS, row_groups=[unit.cut], columns=columns, use_threads=False)
+            rows = _batch_rows(parquet.metadata, unit.cut, set(columns))
+            yield from parquet.iter_batches(rows, row_groups=[unit.cut], columns=columns, use_threads=False)
 
     def _samples(
         self,
@@ -327,6 +330,18 @@ def _meaning(file: _File, error: Exception) -> Exception:
         return known
     except Exception as other:  # noqa: BLE001  (a server without ranges, for one)
         return StorageError(f"{file.where}: {type(other).__name__}: {other}")
+
+
+def _batch_rows(metadata: pq.FileMetaData, number: int, columns: set[str]) -> int:
+    """Rows that are surely no more than BATCH_BYTES, or one: no value is larger than its column's pages."""
+    group = metadata.row_group(number)
+    chunks = (group.column(index) for index in range(metadata.num_columns))
+    needed = [
+        int(chunk.total_uncompressed_size)
+        for chunk in chunks
+        if chunk.path_in_schema.partition(".")[0] in columns and chunk.has_dictionary_page
+    ]
+    return max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, sum(needed))))
 
 
 def _groups(metadata: pq.FileMetaData, columns: set[str]) -> list[_Group]:
