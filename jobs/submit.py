@@ -12,6 +12,7 @@ from pipeline.config_train import TrainConfig
 from pipeline.configfile import load_config, redacted
 from pipeline.dataflow import submission
 from pipeline.errors import EXIT_INTERRUPTED, ConfigError
+from pipeline.printable import printable, printable_log
 
 __all__ = ["main"]
 
@@ -24,6 +25,7 @@ CONFIGS: dict[str, type[Section]] = {
 OTHERS = ("report", "compare", "status", "preview", "models")
 # Addresses with a place of their own; anything else is a path on whichever node the job's driver runs.
 SCHEME = "://"
+SHOWN = 5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,8 +73,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     job = None if earlier else _prepared(arguments)
     client = submission.connect(address)
     if arguments.status:
-        info = client.get_job_info(arguments.status)
-        print(f"{arguments.status}: {info.status.value}{f' ({info.message})' if info.message else ''}")
+        print(printable(f"{arguments.status}: {submission.status(client, arguments.status)}"))
         return 0
     if arguments.stop:
         stopped = submission.stop(client, arguments.stop)
@@ -86,7 +87,7 @@ def _submit(arguments: argparse.Namespace) -> int:
             print(f"  maskmill submit --logs {name} --address {address}    --status, --stop alike")
             return 0
     try:
-        submission.follow(client, name, lambda text: print(text, end="", flush=True))
+        submission.follow(client, name, lambda text: print(printable_log(text), end="", flush=True))
     except KeyboardInterrupt:
         print(
             f"\nthe job goes on: maskmill submit --logs {name} --address {address} follows it, --stop {name} ends it",
@@ -119,6 +120,11 @@ def _prepared(arguments: argparse.Namespace) -> submission.Submission:
         if not name or not separator:
             raise ConfigError(f"--env: expected NAME=VALUE, got {item!r}")
         environment[name] = value
+    if arguments.working_dir is not None:
+        _, kept = submission.travelling(arguments.working_dir)
+        if kept:
+            shown = ", ".join(map(str, kept[:SHOWN])) + (f" and {len(kept) - SHOWN} more" if len(kept) > SHOWN else "")
+            print(printable(f"maskmill: not sent: {shown}"), file=sys.stderr)
     return submission.Submission(
         job=job,
         config=config,

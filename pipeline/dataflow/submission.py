@@ -1,12 +1,14 @@
 """A job on a cluster, through Ray Jobs: what travels with it, its logs as they come, how it ended.
 
 Sent are the config, checked and resolved, and maskmill's own code, so that the cluster needs its dependencies alone.
+Whoever can ask the job server reads a job's metadata, so nothing that looks like a credential is put there.
 """
 
 import asyncio
 import contextlib
 import importlib.metadata
 import logging
+import os
 import re
 import shlex
 import tempfile
@@ -17,17 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 import pipeline
 from pipeline.config import Section
 from pipeline.errors import EXIT_INTERRUPTED, EXIT_UNEXPECTED, ConfigError
+from pipeline.redaction import is_secret_name, redact_text
 
-__all__ = ["Submission", "connect", "exit_code", "extra_requirements", "follow", "send", "stop"]
+__all__ = ["Submission", "connect", "exit_code", "extra_requirements", "follow", "send", "status", "stop", "travelling"]
 
 CONFIG_NAME = "maskmill_job.yaml"
 POLL_S = 1.0
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+# Private keys by the names that they have; whatever begins with a dot (.env, .aws, .git) stays too.
+KEPT_HERE = re.compile(r"\..*|.*\.(pem|key|p12|pfx|jks)|id_(rsa|dsa|ecdsa|ed25519)", re.IGNORECASE)
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
 
 
@@ -59,12 +65,21 @@ def connect(address: str) -> JobSubmissionClient:
         logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
     try:
         return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise ConfigError(
+            f"the cluster at {address} asks for its token: set RAY_AUTH_MODE to token, with the token itself in "
+            "RAY_AUTH_TOKEN or in ~/.ray/auth_token (Ray's token authentication)"
+        ) from error
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ConfigError(f"no Ray job server at {address}: {_line(error)}") from error
 
 
 def send(client: JobSubmissionClient, submission: Submission) -> str:
-    """Upload what travels and start the job; returns its id. Raises ConfigError for what the server refuses."""
+    """Upload what travels and start the job; returns its id.
+
+    Raises ConfigError for what the server refuses, and for credentials where the job's metadata would show them.
+    """
+    _check_open(submission)
     if submission.name and not ID.fullmatch(submission.name):
         raise ConfigError(f"a job's id may hold letters, digits, '.', '_' and '-', got {submission.name!r}")
     arguments = list(submission.arguments)
@@ -141,6 +156,16 @@ def exit_code(client: JobSubmissionClient, name: str) -> int:
     return code if code is not None and 0 < code < 256 else EXIT_UNEXPECTED
 
 
+def status(client: JobSubmissionClient, name: str) -> str:
+    """How a job is, and why, in one line. Raises ConfigError."""
+    try:
+        info = client.get_job_info(name)
+    except RuntimeError as error:
+        raise ConfigError(f"no job {name!r}: {_line(error)}") from error
+    why = " ".join((info.message or "").split())
+    return f"{info.status.value} ({redact_text(why)})" if why else str(info.status.value)
+
+
 def stop(client: JobSubmissionClient, name: str) -> bool:
     """Ask the job to end, as SIGTERM would; False where it has ended before. Raises ConfigError."""
     try:
@@ -168,12 +193,60 @@ def _together(given: Path | None, scratch: Path) -> Path:
     """One folder of the user's files and the config: Ray takes one."""
     if given is None:
         return scratch
-    if not given.is_dir():
-        raise ConfigError(f"expected a folder to send along, got {given}")
-    for path in given.iterdir():
-        if not path.name.startswith("."):
-            (scratch / path.name).symlink_to(path.resolve())
+    files, _ = travelling(given)
+    for name in files:
+        place = scratch / name
+        if place.exists():
+            raise ConfigError(f"{given / name}: a file of this name is maskmill's own; expected another name")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to((given / name).resolve())
     return scratch
+
+
+def travelling(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files of a working directory that are sent, and what stays (hidden files, private keys), below `folder`.
+
+    Raises ConfigError where there is no such folder, and for a link that leads out of it: it would take along what
+    nobody meant to send.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"expected a folder to send along, got {folder}")
+    root = folder.resolve()
+    sent: list[Path] = []
+    kept: list[Path] = []
+    for place, folders, files in os.walk(root):
+        here = Path(place)
+        for name in sorted([*folders, *files]):
+            path = here / name
+            below = path.relative_to(root)
+            if KEPT_HERE.fullmatch(name):
+                kept.append(below)
+            elif path.is_symlink() and not path.resolve().is_relative_to(root):
+                raise ConfigError(
+                    f"{folder / below} is a link out of the folder that is sent; expected its content or nothing"
+                )
+            elif name in folders and path.is_symlink():
+                kept.append(below)  # its files are in the folder, under their own names
+            elif path.is_file():
+                sent.append(below)
+        folders[:] = sorted(name for name in folders if not KEPT_HERE.fullmatch(name) and name != "__pycache__")
+    return sent, kept
+
+
+def _check_open(submission: Submission) -> None:
+    """Raises ConfigError for a credential in what becomes the job's entrypoint and runtime environment."""
+    instead = "whoever reaches the job server could read it; expected it in the config or on the cluster's nodes"
+    for argument in submission.arguments:
+        # `storage.token=...` as a whole, and any address in it.
+        name, _, value = argument.partition("=")
+        if (value and is_secret_name(name.rpartition(".")[2])) or redact_text(argument) != argument:
+            raise ConfigError(f"{name if value else 'an argument'} holds a credential: {instead}")
+    for name, value in submission.environment.items():
+        if is_secret_name(name) or redact_text(value) != value:
+            raise ConfigError(f"--env {name} holds a credential: {instead}")
+    for requirement in submission.requirements:
+        if redact_text(requirement) != requirement:
+            raise ConfigError(f"--pip {redact_text(requirement)} holds a credential: {instead}")
 
 
 def _tail(client: JobSubmissionClient, name: str, skip: int) -> Iterator[str]:
