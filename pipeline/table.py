@@ -10,6 +10,7 @@ import functools
 import io
 import itertools
 import json
+import logging
 import operator
 import re
 import time
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -30,6 +32,7 @@ from deltalake.transaction import AddAction, RemoveAction
 from pyarrow.dataset import get_partition_keys
 from pyroaring import BitMap
 
+from pipeline import deltalog
 from pipeline.errors import RunError, SchemaError, StorageError
 from pipeline.rows import LATER, PREDICTIONS
 from pipeline.schema import FAILED, MODEL
@@ -37,10 +40,15 @@ from pipeline.storage import delta_options, join, open_fs, storage_errors
 
 __all__ = ["FILE_SCHEMA", "FileRecord", "RowTable", "delta_errors", "file_schema", "write_file"]
 
+log = logging.getLogger(__name__)
+
 FENCE = "maskmill"
-MARK = "maskmill.commit"
+MARK = deltalog.MARK
 LOST = -1
 SCAN_ROWS = 4096
+# A checkpoint writes every file of the table: one is due after so many commits and so large a share of new files.
+COMMITS_PER_CHECKPOINT = 100
+FILES_PER_CHECKPOINT = 0.1
 REWRITES_AT_ONCE = 16
 REWRITES_PER_COMMIT = 200
 TAKEN_OVER = "another run has taken over this table, so this one stops"
@@ -133,6 +141,12 @@ class RowTable:
         self.storage = dict(storage)
         self._table = table
         self._fence = LOST
+        self._fs, self._base = open_fs(uri, storage)
+        self._appends = deltalog.can_append(self._fs, table)
+        self._writer = uuid.uuid4().hex
+        self._version = table.version()
+        self._is_behind = False
+        self._commits, self._added, self._checkpointed = 0, 0, 0
 
     @classmethod
     def open(
@@ -182,10 +196,49 @@ class RowTable:
 
     def commit(self, files: Sequence[FileRecord]) -> None:
         """Make files part of the table, all or none. Raises StorageError where another driver has taken over."""
-        if files:
+        if not files:
+            return
+        if not self._appends:
             self._check_fence()
             self._fence += 1
             self._commit([_add_action(file) for file in files])
+            return
+        where = f"output {self.uri}"
+        if self._fence == LOST:
+            raise StorageError(f"{where}: {TAKEN_OVER}")
+        self._fence += 1
+        with delta_errors(where), self._last_chance():
+            # No look at the fence before: whoever took over has written the version that this one would be.
+            additions = [_addition(file) for file in files]
+            self._version = deltalog.append(
+                self._fs, self._base, self._version, FENCE, self._fence, self._writer, additions
+            )
+        self._is_behind = True
+        self._commits += 1
+        self._added += len(files)
+        if self._commits >= COMMITS_PER_CHECKPOINT and self._added >= FILES_PER_CHECKPOINT * self._checkpointed:
+            self.checkpoint()
+
+    def checkpoint(self) -> None:
+        """Write the log's state in one piece, so that readers need not read it commit by commit; drop expired ones.
+
+        Costs time and memory for every file of the table. Readers do without it: where it fails, that is only said.
+        """
+        try:
+            with delta_errors(f"output {self.uri}"):
+                self._state().create_checkpoint()
+                self._state().cleanup_metadata()
+            self._checkpointed += self._added
+        except StorageError as error:
+            log.warning("no checkpoint of the table's log: %s", error)
+        self._commits = self._added = 0
+
+    def _state(self) -> DeltaTable:
+        """The table as it is after this driver's commits."""
+        if self._is_behind:
+            self._table.update_incremental()
+            self._is_behind = False
+        return self._table
 
     @contextlib.contextmanager
     def _last_chance(self) -> Iterator[None]:
@@ -201,6 +254,7 @@ class RowTable:
             self._table.update_incremental()
             if self._table.transaction_version(FENCE) != self._fence:
                 raise StorageError(f"output {self.uri}: {TAKEN_OVER}")
+            self._version, self._is_behind = self._table.version(), False
 
     def _commit(self, actions: list[AddAction | RemoveAction]) -> None:
         mark, before = uuid.uuid4().hex, self._table.version()
@@ -222,6 +276,7 @@ class RowTable:
                 if not self._wrote(mark, before):
                     raise
             self._table.update_incremental()
+            self._version, self._is_behind = self._table.version(), False
 
     def _wrote(self, mark: str, before: int) -> bool:
         """Whether the commit with this mark is among those after version `before`."""
@@ -239,7 +294,7 @@ class RowTable:
         compaction by another tool), or whose writer cut long strings off (deltalake's own).
         """
         with delta_errors(f"output {self.uri}"):
-            actions = pa.table(self._table.get_add_actions(flatten=True))
+            actions = pa.table(self._state().get_add_actions(flatten=True))
 
         def column(name: str, kind: pa.DataType) -> pa.Array:
             # A column without statistics in any file is left out by deltalake.
@@ -252,9 +307,12 @@ class RowTable:
             return pc.if_else(pc.equal(low, high), low, pa.scalar(None, pa.string()))
 
         rows = column("num_records", pa.int64())
+        paths = column("path", pa.string())
+        if pc.any(pc.match_substring(paths, "%")).as_py():
+            paths = pa.array(map(unquote, paths.to_pylist()), pa.string())  # the log's paths are URIs
         return pa.table(
             {
-                "path": column("path", pa.string()),
+                "path": paths,
                 "model": column(f"partition.{MODEL}", pa.string()),
                 "model_version": single("model_version"),
                 "shard_id": single("shard_id"),
@@ -300,7 +358,7 @@ class RowTable:
         read = pa.schema([self.schema.field(name) for name in dict.fromkeys((*columns, *where))])
         fs, base = open_fs(self.uri, self.storage)
         with delta_errors(f"output {self.uri}"):
-            for fragment in self._table.to_pyarrow_dataset().get_fragments(_expression(where)):
+            for fragment in self._state().to_pyarrow_dataset().get_fragments(_expression(where)):
                 partition = get_partition_keys(fragment.partition_expression)
                 # Not the dataset's scanner: its threads read through Python, and where they meet its end they crash it.
                 with fs.open(join(base, fragment.path), "rb") as file:
@@ -434,6 +492,16 @@ def _expression(where: Mapping[str, str | pa.Array]) -> pc.Expression | None:
         for name, wanted in where.items()
     ]
     return functools.reduce(operator.and_, parts) if parts else None
+
+
+def _addition(file: FileRecord) -> deltalog.Addition:
+    return {
+        "path": file.path,
+        "size": file.size_bytes,
+        "partitionValues": {MODEL: file.model},
+        "modificationTime": int(time.time() * 1000),
+        "stats": file.stats,
+    }
 
 
 def _add_action(file: FileRecord) -> AddAction:

@@ -10,7 +10,7 @@ import pytest
 from pyroaring import BitMap
 from table_helpers import keys, put
 
-from pipeline import units
+from pipeline import deltalog, units
 from pipeline.config import LabelConfig
 from pipeline.errors import FailureBudgetExceeded, SourceChangedError, StorageError
 from pipeline.run import Run, row_to_work
@@ -451,19 +451,28 @@ def test_a_death_between_the_tables_commit_and_the_logs(tmp_path: Path, monkeypa
     assert table_keys(uri) == every({"a": 5, "b": 5}, MODELS)
 
 
-def test_an_interrupted_commit_is_made_again_without_doubling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("through", ["append", "deltalake"])
+def test_an_interrupted_commit_is_made_again_without_doubling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, through: str
+) -> None:
     """Ctrl-C arrives while the commit is made; the driver then commits once more before it ends."""
     uri = str(tmp_path)
     run = start(uri, [make_unit("a")])
     for window in label(run, items(run)[0], 4):
         run.take(window)
-    commit = RowTable._commit
+    commit, append = RowTable._commit, deltalog.append
 
     def landed_then_interrupted(self: RowTable, actions: Any) -> None:
         commit(self, actions)
         raise KeyboardInterrupt
 
+    def appended_then_interrupted(*arguments: Any) -> int:
+        append(*arguments)
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(RowTable, "_commit", landed_then_interrupted)
+    monkeypatch.setattr(deltalog, "append", appended_then_interrupted)
+    run.table._appends = through == "append"
     with pytest.raises(KeyboardInterrupt):
         run.commit()
     monkeypatch.undo()

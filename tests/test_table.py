@@ -15,6 +15,7 @@ from pyroaring import BitMap
 from s3_endpoint import S3
 from table_helpers import TIME, keys, make_rows, put
 
+from pipeline import deltalog
 from pipeline.errors import SchemaError, StorageError
 from pipeline.rows import LATER, PREDICTIONS
 from pipeline.schema import MODEL
@@ -145,18 +146,28 @@ def test_a_second_driver_stops_the_first(table: RowTable, uri: str) -> None:
     assert keys(RowTable.open(uri, {})) == [("m", "a", 0), ("m", "c", 0)]
 
 
+@pytest.mark.parametrize("through", ["append", "deltalake"])
 def test_a_second_driver_stops_the_first_between_its_check_and_its_commit(
-    table: RowTable, uri: str, monkeypatch: pytest.MonkeyPatch
+    table: RowTable, uri: str, monkeypatch: pytest.MonkeyPatch, through: str
 ) -> None:
     second = RowTable.open(uri, {})
-    check = RowTable._check_fence
+    check, write = RowTable._check_fence, deltalog.append
 
-    def check_then_lose(self: RowTable) -> None:
-        check(self)
+    def lose() -> None:
         monkeypatch.undo()
         second.take_over()
 
+    def check_then_lose(self: RowTable) -> None:
+        check(self)
+        lose()
+
+    def lose_then_write(*arguments: Any) -> int:
+        lose()
+        return write(*arguments)
+
     monkeypatch.setattr(RowTable, "_check_fence", check_then_lose)
+    monkeypatch.setattr(deltalog, "append", lose_then_write)
+    table._appends = through == "append"
     with pytest.raises(StorageError, match="another run has taken over"):
         table.commit([put(uri, "a", [0])])
     with pytest.raises(StorageError, match="another run has taken over"):
@@ -184,6 +195,16 @@ def test_vacuum_removes_exactly_what_the_log_does_not_name(table: RowTable, uri:
     assert table.vacuum() == 2  # a's only file, and b's old one
     assert keys(RowTable.open(uri, {})) == [("m", "b", 0), ("m", "b", 1), ("m", "b", 2), ("n.2", "c", 0)]
     assert len(keys(table)) == 4
+
+
+@pytest.mark.parametrize("through", ["append", "deltalake"])
+def test_a_models_odd_label_keeps_its_files(table: RowTable, uri: str, through: str) -> None:
+    table._appends = through == "append"
+    table.commit([put(uri, "a", range(3), failed={1}, model="model = 50%41 é:x")])
+    assert table.vacuum() == 0
+    assert table.delete_failed({"model = 50%41 é:x": "v1"}) == 1
+    assert table.vacuum() == 1
+    assert [key[2] for key in keys(RowTable.open(uri, {}))] == [0, 2]
 
 
 def test_vacuum_of_a_driver_that_lost_the_table_spares_the_next_ones_files(
