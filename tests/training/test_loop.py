@@ -12,6 +12,7 @@ import pytest
 import torch
 from border_helpers import weight_formula
 from PIL import Image
+from ray_helpers import jpeg, png, tar_bytes
 from torch import Tensor
 from training_helpers import CPU, config, run_loop, run_workers, train_and_stop
 
@@ -340,6 +341,51 @@ def test_the_last_checkpoint_must_be_written(tmp_path: Path) -> None:
     loop.record.store.fs = Full(loop.record.store.fs, times=99)
     with pytest.raises(StorageError, match="No space left"):
         list(loop.run())
+
+
+def test_bad_images_teach_nothing(tmp_path: Path) -> None:
+    """Without them a run learns what it learns from images that are void everywhere."""
+    wrong_id_HW = render_scene(7, width=64, height=48).semantic_HW.copy()
+    wrong_id_HW[5, 5] = 77
+    bad = {
+        "02.seg.png": png(np.zeros((24, 32), np.uint8)),
+        "07.seg.png": png(wrong_id_HW),
+        "09.jpg": jpeg(9, 64, 48)[:700],
+    }
+    void = {f"{name[:2]}.seg.png": png(np.full((48, 64), 255, np.uint8)) for name in bad}
+
+    def learn(folder: Path, changed: dict[str, bytes]) -> tuple[dict[str, Tensor], list[EpochDone]]:
+        members: dict[str, bytes] = {}
+        for index in range(12):
+            target_HW = render_scene(index, width=64, height=48).semantic_HW
+            members |= {f"{index:02}.jpg": jpeg(index, 64, 48), f"{index:02}.seg.png": png(target_HW)}
+        folder.mkdir()
+        (folder / "bad.tar").write_bytes(tar_bytes(members | changed))
+        given = config(
+            folder / "out",
+            source={"format": "webdataset", "uri": str(folder / "bad.tar")},
+            validation=None,
+            failure_budget=0.25,
+            batch_norm="frozen",
+            augment={"flip": 0.0},
+            optimizer={"kind": "sgd", "learning_rate": 0.004},
+        )
+        loop, events = run_loop(given)
+        return state(loop), of_kind(events, EpochDone)
+
+    weights, epochs = learn(tmp_path / "bad", bad)
+    expected, twins = learn(tmp_path / "void", void)
+    assert [(done.row["images"], done.row["failed"]) for done in epochs] == [(9, 3)] * 2
+    assert [(done.row["images"], done.row["failed"]) for done in twins] == [(12, 0)] * 2
+    for done, twin in zip(epochs, twins, strict=True):
+        assert done.row["loss"] == pytest.approx(twin.row["loss"], rel=1e-5)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+    why = {failure.image_id: (failure.error_type, failure.message) for failure in epochs[0].failures}
+    assert sorted(why) == ["bad.tar/02", "bad.tar/07", "bad.tar/09"]
+    assert why["bad.tar/02"][0] == "TargetMismatchError"
+    assert why["bad.tar/07"] == ("TargetMismatchError", "expected ids of scenes or its void, got [77]")
+    assert why["bad.tar/09"][0] == "CorruptImageError"
 
 
 def test_too_many_bad_images_stop_the_run(tmp_path: Path) -> None:
