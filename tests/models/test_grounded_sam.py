@@ -16,7 +16,6 @@ from pipeline.models.spec import Preprocess, Prompts
 from pipeline.models.zoo.grounded_sam import (
     GroundedSam2,
     adapt_grounded,
-    asked,
     find,
     own_words,
     pieces,
@@ -24,6 +23,7 @@ from pipeline.models.zoo.grounded_sam import (
     read_vocab,
     split_words,
 )
+from pipeline.models.zoo.vocabulary import asked
 from pipeline.sources.scenes import render_scene
 from pipeline.stages.prepare import prepare
 from pipeline.taxonomy import Taxonomy, load_taxonomy

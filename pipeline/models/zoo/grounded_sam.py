@@ -15,18 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import ConfigError, PredictError, StorageError
+from pipeline.errors import ConfigError
 from pipeline.models.extras import import_extra
-from pipeline.models.fetch import local_file
 from pipeline.models.spec import Frame
 from pipeline.models.zoo.mask_generator import GridOptions, Segments, segments_of, views
 from pipeline.models.zoo.sam import SAM2_SIZES, VIDEO, Sam2, encoded, sam2_model
+from pipeline.models.zoo.vocabulary import asked, category_names, read_text
 from pipeline.taxonomy import Taxonomy
 
 __all__ = ["EXTRA", "GroundedSam2", "adapt_grounded", "build_grounded_sam2", "find", "pieces", "read_vocab"]
 
 EXTRA = "hf"
-MAX_VOCAB_BYTES = 10_000_000
 MAX_TOKENS = 256
 CLS, SEP, UNKNOWN, STOP = "[CLS]", "[SEP]", "[UNK]", "."
 BERT_VOCABULARY = 30522
@@ -108,7 +107,7 @@ def build_grounded_sam2(
         raise ValueError(f"decoder_layers must be 2 or more, got {decoder_layers}")
     if sam_size not in SAM2_SIZES:
         raise ValueError(f"sam_size must be one of {', '.join(SAM2_SIZES)}, got {sam_size!r}")
-    names = {category.name.lower(): category.id for category in taxonomy.categories}
+    names = category_names(taxonomy)
     vocabulary = read_vocab(vocab) if vocab else own_words(names)
     if len(vocabulary) > text_vocabulary:
         raise ValueError(
@@ -171,12 +170,7 @@ def build_grounded_sam2(
 
 def read_vocab(uri: str) -> dict[str, int]:
     """Word pieces and their numbers, which are their lines'. Raises ConfigError for what is no such list."""
-    try:
-        with local_file(uri, {}, max_bytes=MAX_VOCAB_BYTES) as path, open(path, encoding="utf-8") as file:
-            words = file.read().splitlines()
-    except (StorageError, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"vocab {uri!r} cannot be read: {' '.join(str(error).split())[:300]}") from error
-    vocabulary = {word: number for number, word in enumerate(words)}
+    vocabulary = {word: number for number, word in enumerate(read_text(uri).splitlines())}
     lacking = [word for word in (CLS, SEP, UNKNOWN, STOP) if word not in vocabulary]
     if lacking:
         raise ConfigError(f"vocab {uri!r} is no list of BERT's word pieces: it lacks {', '.join(lacking)}")
@@ -256,16 +250,6 @@ def find(module: nn.Module, image_BCHW: Tensor, frames: Sequence[Frame]) -> list
                 rles += encoded(model.sam, logits[:, 0], frame)
         found.append({**segments_of(scores_P[good], rles), "labels": labels_P[good].cpu()})
     return found
-
-
-def asked(text: str, names: Mapping[str, int]) -> set[int] | None:
-    """Categories that a sample's text names, None where it says nothing. Raises PredictError."""
-    phrases = [" ".join(part.split()).lower() for part in text.split(".")]
-    unknown = [phrase for phrase in phrases if phrase and phrase not in names]
-    if unknown:
-        shown = ", ".join([*names][:10])
-        raise PredictError(f"prompts.text: {unknown[0]!r:.80} is no category of the model; it has {shown}")
-    return {names[phrase] for phrase in phrases if phrase} or None
 
 
 def _boxes(model: Any, image_BCHW: Tensor, frames: Sequence[Frame]) -> list[tuple[Tensor, Tensor, Tensor]]:
