@@ -43,7 +43,7 @@ from pipeline.training.workers import Workers
 
 CPU = torch.device("cpu")
 # They are taken as they were trained: from prompts, by methods of their own.
-UNTRAINED: set[str] = {"sam", "sam2", "grounded_sam2"}
+UNTRAINED: set[str] = {"sam", "sam2", "sam3", "grounded_sam2"}
 CAR = 5
 # How far the weights move, so that the loss falls by nearly that times the gradient's norm. A detector's proposals
 # follow its weights, and another choice of them is another loss: it needs a step that outweighs that.
@@ -234,11 +234,12 @@ def test_every_entry_has_a_model() -> None:
     assert sorted(TINY) == sorted(MODELS)
 
 
-@pytest.mark.parametrize("name", ["fastrcnn", "rcnn", "sppnet", "hypercolumns", "sds", "sam", "sam2"])
+@pytest.mark.parametrize("name", ["fastrcnn", "rcnn", "sppnet", "hypercolumns", "sds", "sam", "sam2", "sam3"])
 def test_what_the_source_points_at_reaches_the_model(name: str, tmp_path: Path) -> None:
     where = {"mode": "prompts"} if name.startswith("sam") else {"proposals": "prompts"}
     options = {**TINY[name], **where, "score_threshold": 0.0}
-    config = ModelConfig(name=name, options=options)
+    # Masks of prompts alone have no classes.
+    config = ModelConfig(name=name, options=options, taxonomy="objects" if name == "sam3" else None)
     rows = labelled(config, tmp_path / "with", ("prompts",))
     assert [row["error_message"] for row in rows] == [None] * 3
     assert all(row["segments"] for row in rows)

@@ -105,11 +105,21 @@ def masks_of(found: Segments, width: int, height: int) -> list[npt.NDArray[np.bo
     return [decode_rle(text[end - length : end], width=width, height=height) for end, length in pairs]
 
 
-def pipeline_masks(sam: Sam, image_HWC: npt.NDArray[np.uint8], options: GridOptions, nms: float) -> Any:
+def pipeline_masks(
+    sam: Sam,
+    image_HWC: npt.NDArray[np.uint8],
+    options: GridOptions,
+    nms: float,
+    *,
+    side: int = SIDE,
+    normalised: Preprocess = PREPROCESS,
+) -> Any:
     if type(sam) is Sam:
         processor: Any = SamImageProcessor(size={"longest_edge": SIDE}, pad_size={"height": SIDE, "width": SIDE})
     else:
-        processor = Sam2ImageProcessor(size={"height": SIDE, "width": SIDE})
+        processor = Sam2ImageProcessor(
+            size={"height": side, "width": side}, image_mean=normalised.mean, image_std=normalised.std
+        )
     return MaskGenerationPipeline(model=sam.model, image_processor=processor, device="cpu")(
         Image.fromarray(image_HWC),
         points_per_crop=options.points_per_side,

@@ -75,6 +75,8 @@ TABLE = {
     "sam2": ("instance", "objects", 1, "Apache-2.0", 31.4),
     # Grounding DINO's 172 and SAM 2's 31.4.
     "grounded_sam2": ("instance", "coco80", 80, "Apache-2.0", 203.6),
+    # The library's 840 less CLIP's pieces, which come with `vocab`: 514 letters stand for 49,408.
+    "sam3": ("instance", "coco80", 80, "SAM License", 790.0),
     "dpt_depth": ("depth", "scenes", 1, "Apache-2.0", 343.0),
     # VGG16's 14.7 M convolutions and 119.5 M (sppnet: 121.6 M, of 50 bins) in fc6 and fc7, with heads for 80 classes.
     "rcnn": ("detection", "coco80", 80, "Apache-2.0", 135.9),

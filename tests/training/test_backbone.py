@@ -83,6 +83,7 @@ WITHOUT = {
     "sam",
     "sam2",
     "grounded_sam2",
+    "sam3",
 }
 
 

@@ -1,7 +1,7 @@
 """Models of anything: masks without classes, from prompts or of the whole image."""
 
 from pipeline.models.spec import ModelSpec, Preprocess
-from pipeline.models.zoo import grounded_sam, sam
+from pipeline.models.zoo import grounded_sam, sam, sam3
 
 __all__ = ["SPECS"]
 
@@ -64,5 +64,22 @@ SPECS = (
         license="Apache-2.0",
         paper="Ren et al. 2024, arXiv:2401.14159; Liu et al. 2023, arXiv:2303.05499",
         extra=grounded_sam.EXTRA,
+    ),
+    ModelSpec(
+        name="sam3",
+        task="instance",
+        build=sam3.build_sam3,
+        adapt=sam3.adapt_sam3,
+        forward=sam3.find_concepts,
+        postprocess=sam.segments,
+        prompts=True,
+        preprocess=Preprocess(resize=1008, max_size=1008, pad_multiple=1008, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+        taxonomy="coco80",
+        options=KEEP_ALL,
+        # Commercial use is allowed, military use and some others are not.
+        license="SAM License",
+        paper="Carion et al. 2025, arXiv:2511.16719",
+        weights=("hf:facebook/sam3",),
+        extra=sam3.EXTRA,
     ),
 )

@@ -28,6 +28,7 @@ from pipeline.models.spec import Frame
 __all__ = [
     "MASK_THRESHOLD",
     "Embedding",
+    "Enlarging",
     "GridOptions",
     "Promptable",
     "Segments",
@@ -54,10 +55,18 @@ CPU_POINTS = 16
 CHUNK_VALUES = 1 << 24
 
 
-class Promptable(Protocol):
-    """A model that embeds images, and decodes masks from prompts of one embedding."""
+class Enlarging(Protocol):
+    """A model whose masks are enlarged from the resolution of its mask head."""
 
     image_size: int
+
+    def enlarge(self, logits_NMM: Tensor, height: int, width: int) -> Tensor:
+        """logits_NHW, at the size of the image that was looked at."""
+        ...
+
+
+class Promptable(Enlarging, Protocol):
+    """A model that embeds images, and decodes masks from prompts of one embedding."""
 
     def fit(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the square input that an image of this size covers."""
@@ -77,10 +86,6 @@ class Promptable(Protocol):
         several: bool,
     ) -> tuple[Tensor, Tensor]:
         """logits_PKMM and the predicted IoU_PK, for prompts in pixels of the input. several: or one mask each."""
-        ...
-
-    def enlarge(self, logits_NMM: Tensor, height: int, width: int) -> Tensor:
-        """logits_NHW, at the size of the image that was embedded."""
         ...
 
 
@@ -245,7 +250,7 @@ def _tested(
     return _Candidates(crop, logits_NMM, scores_N, boxes_N4).kept(keep_N)
 
 
-def enlarged(model: Promptable, logits_NMM: Tensor, height: int, width: int) -> Iterator[Tensor]:
+def enlarged(model: Enlarging, logits_NMM: Tensor, height: int, width: int) -> Iterator[Tensor]:
     """The masks' logits_NHW at the size of what was looked at, a few at a time."""
     if len(logits_NMM):
         step = max(1, CHUNK_VALUES // max(height * width, model.image_size**2))

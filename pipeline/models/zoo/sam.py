@@ -19,6 +19,7 @@ from pipeline.models.spec import Frame, Instances, PostContext, Prediction
 from pipeline.models.zoo.mask_generator import (
     MASK_THRESHOLD,
     Embedding,
+    Enlarging,
     GridOptions,
     Segments,
     enlarged,
@@ -380,7 +381,7 @@ def _scale(sam: Sam, frame: Frame) -> Tensor:
     return torch.tensor([columns / frame.width, rows / frame.height])
 
 
-def encoded(sam: Sam, logits_NMM: Tensor, frame: Frame) -> Iterator[str]:
+def encoded(sam: Enlarging, logits_NMM: Tensor, frame: Frame) -> Iterator[str]:
     """The run lengths of masks of the whole image."""
     for logits_NHW in enlarged(sam, logits_NMM.float(), frame.height, frame.width):
         for mask_HW in (logits_NHW > MASK_THRESHOLD).cpu().numpy():
@@ -389,7 +390,8 @@ def encoded(sam: Sam, logits_NMM: Tensor, frame: Frame) -> Iterator[str]:
 
 def segments(output: Any, frames: Sequence[Frame], context: PostContext) -> list[Prediction]:
     """`segment`'s output -> the best `max_segments` of at least `score_threshold`, of the categories that it has as
-    `labels` (ids), else all of the taxonomy's first.
+    `labels` (ids), else all of the taxonomy's first, with the model's own `boxes` (x1, y1, x2, y2; pixels) where it has
+    them.
 
     The model's idea of an IoU may be a little above 1: a score is at most 1.
     """
@@ -401,10 +403,11 @@ def segments(output: Any, frames: Sequence[Frame], context: PostContext) -> list
         labels_N = np.full(len(scores_N), context.taxonomy.ids[0], np.int64)
         if "labels" in found:
             labels_N = found["labels"].numpy()
+        boxes_N4 = found["boxes"].numpy() if "boxes" in found else np.zeros((len(scores_N), 4), np.float32)
         order = np.argsort(-scores_N, kind="stable")
         order = order[scores_N[order] >= context.score_threshold][: context.max_segments]
         instances = Instances(
-            boxes_N4=np.zeros((len(order), 4), np.float32),
+            boxes_N4=boxes_N4[order],
             scores_N=scores_N[order].astype(np.float32),
             category_ids_N=labels_N[order],
             rles=tuple(rles[place] for place in order.tolist()),
