@@ -25,9 +25,9 @@ INTRODUCTION = """\
 
 A model goes into a config as `models: [{name: NAME, weights: ADDRESS}]` (`maskmill label`) or `model:`
 (`maskmill train`). The licence is that of the published weights, or of the code where there are none; the jobs warn
-where it forbids commercial use. The time is that of a forward pass of one 256x192 image, neither resized nor prompted,
-on one CPU thread with random weights, as a multiple of `unet_small`'s: rough, and `–` where it is more than a minute or
-nothing without prompts. A model with an extra needs `pip install "maskmill[EXTRA]"`. A model of your own is
+where it forbids commercial use. The time is the processor time of a forward pass over one 256x192 image, padded but not
+resized, with one box as its prompt, on one thread with random weights, as a multiple of `unet_small`'s: rough, and `–`
+where it was not measured. A model with an extra needs `pip install "maskmill[EXTRA]"`. A model of your own is
 `spec: "package.module:SPEC"`, a `ModelSpec`.
 """
 # One row of a Markdown table is one line.
