@@ -17,10 +17,14 @@ JOBS = {
     "report": "fold scores into figures, tables and a page",
     "compare": "two runs over the same images: what differs, and whether it is more than chance",
     "status": "expected = ok + failed + pending, and the kinds of failure",
+    "compact": "few large files of many small ones, with the same rows",
     "preview": "one PNG of images with their masks",
     "pack": "write any source as tar shards",
     "models": "list the models of the registry",
+    "preflight": "what a run would meet, on a sample, before it starts",
     "submit": "send any of these to a Ray cluster",
+    "drain": "stop a cluster's jobs, each with its commit or checkpoint, before the cluster goes",
+    "infra": "manifests of a cluster: KubeRay, AWS, GCP",
 }
 
 
