@@ -38,14 +38,27 @@ from pipeline.rows import LATER, PREDICTIONS
 from pipeline.schema import FAILED, MODEL
 from pipeline.storage import delta_options, join, open_fs, storage_errors
 
-__all__ = ["FILE_SCHEMA", "FileRecord", "RowTable", "delta_errors", "file_schema", "write_file"]
+__all__ = [
+    "FILE_SCHEMA",
+    "FileRecord",
+    "RowTable",
+    "delta_errors",
+    "file_schema",
+    "merge_files",
+    "row_groups_of",
+    "write_file",
+]
 
 log = logging.getLogger(__name__)
 
 FENCE = "maskmill"
 MARK = deltalog.MARK
+RETENTION = "delta.deletedFileRetentionDuration"
 LOST = -1
 SCAN_ROWS = 4096
+# Row groups of merged files: what a reader of one shard reads at once, and a merger holds.
+GROUP_ROWS = 4096
+GROUP_BYTES = 32 << 20
 # A checkpoint writes every file of the table: one is due after so many commits and so large a share of new files.
 COMMITS_PER_CHECKPOINT = 100
 FILES_PER_CHECKPOINT = 0.1
@@ -291,8 +304,12 @@ class RowTable:
         """What the log knows of each file: path, model, model_version, shard_id, rows, failed. No file is opened.
 
         shard_id and model_version are null where the log's bounds do not tell: in a file that holds several (after
-        compaction by another tool), or whose writer cut long strings off (deltalake's own).
+        compaction), or whose writer cut long strings off (deltalake's own).
         """
+        return self.listing().drop_columns(["first_shard_id", "first_position"])
+
+    def listing(self) -> pa.Table:
+        """`files`, and where each begins: first_shard_id, first_position, the smallest of each."""
         with delta_errors(f"output {self.uri}"):
             actions = pa.table(self._state().get_add_actions(flatten=True))
 
@@ -319,19 +336,31 @@ class RowTable:
                 "rows": rows,
                 "failed": pc.subtract(rows, column("null_count.error_type", pa.int64())),
                 "size_bytes": column("size_bytes", pa.int64()),
+                "first_shard_id": column("min.shard_id", pa.string()),
+                "first_position": column("min.position", pa.int32()),
             }
         )
 
     def shards(self) -> pa.Array:
         """Every shard_id that has rows. Opens only those files whose shard the log does not tell."""
-        files = self.files()
-        known = files.column("shard_id")
-        found = [known.drop_null().combine_chunks()]
-        fs, base = open_fs(self.uri, self.storage)
-        for path in files.filter(pc.is_null(known)).column("path").to_pylist():
-            with storage_errors(join(self.uri, path)), fs.open(join(base, path), "rb") as file:
-                found.append(pq.read_table(file, columns=["shard_id"]).column(0).cast(pa.string()).combine_chunks())
-        return pa.concat_arrays(found).unique()
+        return self.shard_files().column("shard_id").combine_chunks().unique()
+
+    def shard_files(self) -> pa.Table:
+        """One row for each shard in each file: path, model, model_version (null: several), shard_id, rows of the shard.
+
+        Opens only those files whose shard the log does not tell, and reads that column alone.
+        """
+        names = ["path", "model", "model_version", "shard_id", "rows"]
+        files = self.files().select(names)
+        unknown = pc.is_null(files.column("shard_id"))
+        found = [files.filter(pc.invert(unknown))]
+        for file in files.filter(unknown).to_pylist():
+            with storage_errors(join(self.uri, file["path"])), self._fs.open(join(self._base, file["path"])) as data:
+                shards = pq.read_table(data, columns=["shard_id"]).column(0).cast(pa.string()).value_counts()
+            count = len(shards)
+            columns = [pa.array([file[name]] * count, pa.string()) for name in names[:3]]
+            found.append(pa.table([*columns, shards.field("values"), shards.field("counts")], names=names))
+        return pa.concat_tables(found)
 
     def counts(self, model: str, version: str) -> tuple[int, int]:
         """Rows and failed rows of one version of a model: from the log, or scanned where the log does not tell."""
@@ -452,8 +481,42 @@ class RowTable:
                     removed += sum(counts)
         return removed
 
+    def replace(self, old: Sequence[Mapping[str, Any]], new: Sequence[FileRecord]) -> None:
+        """Exchange files (path, size_bytes, model) for others with the same rows, all or none."""
+        now = int(time.time() * 1000)
+        removed = [RemoveAction(f["path"], False, now, f["size_bytes"], {MODEL: f["model"]}) for f in old]
+        added = [AddAction(f.path, f.size_bytes, {MODEL: f.model}, now, False, f.stats) for f in new]
+        self._check_fence()
+        self._fence += 1
+        self._commit([*removed, *added])
+
+    def keep_removed(self, hours: int) -> None:
+        """From now on files that leave the table stay in storage that long, for readers that began before."""
+        if self._kept_hours() != hours:
+            self._check_fence()
+            with delta_errors(f"output {self.uri}"):
+                self._table.alter.set_table_properties({RETENTION: f"interval {hours} hours"})
+                self._table.update_incremental()
+            self._version = self._table.version()
+
+    def _kept_hours(self) -> int:
+        value = re.fullmatch(r"interval (\d+) hours?", self._table.metadata().configuration.get(RETENTION) or "")
+        return int(value[1]) if value else 0
+
+    def _kept(self) -> set[str]:
+        """Files that have left the table not longer ago than they are to be kept."""
+        hours = self._kept_hours()
+        if not hours:
+            return set()
+        with delta_errors(f"output {self.uri}"):
+            gone, expired = (
+                set(self._table.vacuum(age, dry_run=True, enforce_retention_duration=False)) for age in (0, hours)
+            )
+        return {unquote(path) for path in gone - expired}
+
     def vacuum(self) -> int:
-        """Delete data files that the log does not name: what killed runs left behind. Returns how many.
+        """Delete data files that the log does not name: what killed runs left behind, and what left the table longer
+        ago than `keep_removed` says. Returns how many.
 
         Raises StorageError, and deletes nothing, where another driver has taken over.
         """
@@ -467,12 +530,85 @@ class RowTable:
                     present |= {f"{name}/{path[len(folder) :].strip('/')}": path for path in fs.find(folder)}
         # Listed before the check: no file among them can be a later driver's, which may not have committed it yet.
         self._check_fence()
-        known = set(self.files().column("path").to_pylist())
+        known = {*self.files().column("path").to_pylist(), *self._kept()}
         orphans = [path for name, path in present.items() if name.endswith(".parquet") and name not in known]
         with storage_errors(f"output {self.uri}"):
             for start in range(0, len(orphans), 1000):
                 fs.rm(orphans[start : start + 1000])
         return len(orphans)
+
+
+def merge_files(
+    root: str, storage: Mapping[str, Any], schema: pa.Schema, files: Sequence[Mapping[str, Any]]
+) -> FileRecord:
+    """Write the rows of several files (path, model, model_version, rows) of one model and version as one file.
+
+    Rows keep their order. Memory is bounded by a row group. Nobody sees the file before a commit. Raises StorageError,
+    also where other rows come than the log has.
+    """
+    model, version = files[0]["model"], files[0]["model_version"]
+    path = f"{MODEL}={model}/part-{uuid.uuid4().hex}.parquet"
+    columns = file_schema(schema)
+    fs, base = open_fs(root, storage)
+    stats: list[dict[str, Any]] = []
+    waiting: list[pa.RecordBatch] = []
+
+    def write(writer: pq.ParquetWriter) -> None:
+        rows = pa.Table.from_batches(waiting, columns)
+        waiting.clear()
+        writer.write_table(rows)
+        stats.append(json.loads(file_stats(rows)))
+
+    with (
+        storage_errors(join(root, path)),
+        fs.open(join(base, path), "wb") as sink,
+        pq.ParquetWriter(sink, columns, compression="zstd", compression_level=1) as writer,
+    ):
+        for file in files:
+            with storage_errors(join(root, file["path"])), fs.open(join(base, file["path"]), "rb") as data:
+                stored = pq.ParquetFile(data, pre_buffer=False)
+                for batch in stored.iter_batches(GROUP_ROWS // 8, use_threads=False):
+                    waiting.append(_as_written(batch, columns))
+                    if sum(map(len, waiting)) >= GROUP_ROWS or sum(part.nbytes for part in waiting) >= GROUP_BYTES:
+                        write(writer)
+        if waiting:
+            write(writer)
+    expected, rows = sum(file["rows"] for file in files), sum(part["numRecords"] for part in stats)
+    if rows != expected:
+        raise StorageError(f"{root}: expected {expected} rows in {len(files)} files as the log says, got {rows}")
+    merged = merge_stats(stats)
+    failed = rows - merged["nullCount"]["error_type"]
+    size = int(fs.size(join(base, path)))
+    return FileRecord(path, size, model, version, "", rows, failed, b"", json.dumps(merged))
+
+
+def row_groups_of(file: pq.ParquetFile, shard_id: str) -> list[int]:
+    """The row groups that may hold rows of a shard, by their statistics."""
+    column = file.schema_arrow.names.index("shard_id")
+    groups = []
+    for group in range(file.num_row_groups):
+        stats = file.metadata.row_group(group).column(column).statistics
+        if stats is None or not stats.has_min_max or stats.min <= shard_id <= stats.max:
+            groups.append(group)
+    return groups
+
+
+def merge_stats(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Delta's statistics of a file from those of its parts."""
+    low: dict[str, Any] = {}
+    high: dict[str, Any] = {}
+    for part in parts:
+        for name, value in part["minValues"].items():
+            low[name] = min(low.get(name, value), value)
+        for name, value in part["maxValues"].items():
+            high[name] = max(high.get(name, value), value)
+    nulls = {name: sum(part["nullCount"][name] for part in parts) for name in parts[0]["nullCount"]}
+    return {
+        "numRecords": sum(part["numRecords"] for part in parts),
+        "minValues": low,
+        "maxValues": high,
+        "nullCount": nulls,
+    }
 
 
 def _as_written(

@@ -5,6 +5,7 @@ model_version) the last one counts. Planning a million units is a few Arrow oper
 """
 
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import DeltaTable, write_deltalake
 
+from pipeline.errors import StorageError
 from pipeline.schema import UNITS
 from pipeline.sources.base import Unit
 from pipeline.storage import delta_options, join
@@ -34,6 +36,13 @@ PLAN = pa.schema(
     ]
 )
 CHUNK = 10_000
+# Each note is a file: so many of them are put together, into files of this size, which are then left alone.
+NOTES_PER_MERGE = 64
+MERGED_BYTES = 8 << 20
+# How long a reader that began before a merge may still need the files from before it.
+KEPT_HOURS = 1
+
+log = logging.getLogger(__name__)
 
 
 def plan_table(units: Iterable[Unit]) -> pa.Table:
@@ -83,6 +92,7 @@ class UnitLog:
         self.uri = join(output_uri, "_units").removeprefix("file://")
         self._options = delta_options(storage)
         self._order = 0
+        self._notes = 0
 
     def create(self, epoch: int) -> None:
         """Create the log where it is missing. Lines of a later epoch (see RowTable.take_over) count as later."""
@@ -90,7 +100,23 @@ class UnitLog:
             DeltaTable.create(
                 self.uri, schema=UNITS, mode="ignore", name="maskmill units", storage_options=self._options
             )
+            files = len(DeltaTable(self.uri, storage_options=self._options).file_uris())
         self._order = epoch << 40
+        if files >= NOTES_PER_MERGE:
+            self.merge()
+
+    def merge(self) -> None:
+        """Put small files together, the lines as they are. Readers do without it: where it fails, that is only said."""
+        try:
+            with delta_errors(self.uri):
+                table = DeltaTable(self.uri, storage_options=self._options)
+                table.optimize.compact(
+                    target_size=MERGED_BYTES, max_concurrent_tasks=1, post_commithook_properties=QUIET
+                )
+                table.create_checkpoint()
+                table.vacuum(KEPT_HOURS, dry_run=False, enforce_retention_duration=False)
+        except StorageError as error:
+            log.warning("the unit log was not merged: %s", error)
 
     def read(self) -> pa.Table:
         """All lines, oldest first."""
@@ -111,6 +137,9 @@ class UnitLog:
             write_deltalake(
                 self.uri, lines, mode="append", storage_options=self._options, post_commithook_properties=QUIET
             )
+        self._notes += 1
+        if self._notes % NOTES_PER_MERGE == 0:
+            self.merge()
 
     def append_finished(self, finished: Sequence[tuple[str, str, int | None, int | None]], run_id: str) -> None:
         """Note units as finished for a model version: (shard_id, model_version, rows, stop); rows None = open again."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from deltalake import DeltaTable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -90,6 +91,50 @@ def test_reopening_goes_on_after_the_last_line(log: UnitLog, tmp_path: Path) -> 
     lines = UnitLog(str(tmp_path / "o ut"), {}).read()
     assert lines.column("order").to_pylist() == sorted(set(lines.column("order").to_pylist()))
     assert units.finished(lines, "v1").column("shard_id").to_pylist() == ["b"]
+
+
+def test_many_notes_are_merged_and_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "NOTES_PER_MERGE", 4)
+    uri = str(tmp_path)
+    log, other = UnitLog(uri, {}), UnitLog(str(tmp_path / "other"), {})
+    log.create(1)
+    other.create(1)
+    monkeypatch.setattr(other, "merge", lambda: None)
+    for number in range(10):
+        for each in (log, other):
+            each.append_plan(plan_table([unit(f"é {number % 3}.tar", rows=number)]), "r1")
+            each.append_finished([(f"é {number % 3}.tar", "v1", number or None, None)], "r1")
+    assert log.read().equals(other.read())
+    assert units.finished(log.read(), "v1").equals(units.finished(other.read(), "v1"))
+
+    def files(each: UnitLog) -> int:
+        return len(DeltaTable(each.uri).file_uris())
+
+    # 5 merges; none of them rewrote what is as large as a merged file is to be.
+    assert (files(log), files(other)) == (1, 20)
+    reader = DeltaTable(log.uri)
+    log.append_finished([("x", "v1", 1, None)], "r1")
+    again = UnitLog(uri, {})
+    other.create(2)  # more than enough notes of an earlier driver: merged at once
+    again.create(2)
+    assert files(again) == 2
+    assert len(reader.to_pyarrow_table()) == 20  # its files are still there
+    assert len(again.read()) == 21
+
+
+def test_a_merge_that_fails_is_said_and_the_lines_are_there(
+    log: UnitLog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(units, "NOTES_PER_MERGE", 2)
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "no space left")
+
+    monkeypatch.setattr(DeltaTable, "create_checkpoint", refuse)
+    log.append_finished([("a", "v1", 3, None)], "r1")
+    log.append_finished([("b", "v1", 3, None)], "r1")
+    assert "the unit log was not merged" in caplog.text
+    assert len(log.read()) == 2
 
 
 def test_a_log_that_is_not_there_is_empty(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from pipeline.runfile import read_run
 from pipeline.schema import MODEL, OK
 from pipeline.sources.base import Sample, Unit
 from pipeline.storage import join, open_fs, storage_errors
-from pipeline.table import RowTable
+from pipeline.table import RowTable, row_groups_of
 from pipeline.taxonomy import build_taxonomy
 from pipeline.units import PLAN
 
@@ -69,37 +69,32 @@ class TablePredictions:
     def prepare(self, plan: pa.Table) -> pa.Table:
         table = RowTable.open(self.config.uri, self.config.storage)
         versions = {model.label: model.version for model in self.models()}
-        files = _current(table.files(), versions)
+        files = _current(table.shard_files(), versions)
         shards = files.column("shard_id").drop_null().unique()
         known = plan.column("shard_id")
-        if self.config.match == "image_id" and (
-            not len(files) or files.column("shard_id").null_count or pc.any(pc.is_in(known, value_set=shards)).as_py()
-        ):
-            return self._by_shard(plan, files, table)
+        if self.config.match == "image_id" and (not len(files) or pc.any(pc.is_in(known, value_set=shards)).as_py()):
+            return self._by_shard(plan, files)
         self.index = _Index.build(table, versions, by_name=self.config.match == "name")
-        mark = hashlib.blake2b("\n".join(sorted(files.column("path").to_pylist())).encode(), digest_size=8).hexdigest()
+        mark = hashlib.blake2b(
+            "\n".join(sorted(set(files.column("path").to_pylist()))).encode(), digest_size=8
+        ).hexdigest()
         return extend_plan(plan, [(mark, b"")] * len(plan))
 
-    def _by_shard(self, plan: pa.Table, files: pa.Table, table: RowTable) -> pa.Table:
-        paths: dict[str | None, dict[str, list[str]]] = {}
+    def _by_shard(self, plan: pa.Table, files: pa.Table) -> pa.Table:
+        paths: dict[str, dict[str, list[str]]] = {}
         columns = (files.column(name).to_pylist() for name in ("shard_id", "model", "path"))
         for shard_id, model, path in zip(*columns, strict=True):
             paths.setdefault(shard_id, {}).setdefault(model, []).append(path)
-        # Files of several shards, which another tool has compacted, are looked at for every unit.
-        shared = paths.pop(None, {})
 
         def describe(shard_id: str) -> tuple[str, bytes]:
-            own = {
-                model: sorted([*paths.get(shard_id, {}).get(model, []), *shared.get(model, [])])
-                for model in {*paths.get(shard_id, {}), *shared}
-            }
+            own = {model: sorted(found) for model, found in paths.get(shard_id, {}).items()}
             text = json.dumps(own, sort_keys=True).encode()
             return hashlib.blake2b(text, digest_size=8).hexdigest(), zlib.compress(text)
 
         extended = extend_plan(plan, map(describe, plan.column("shard_id").to_pylist()))
         if self.source.limit is not None:
             return extended
-        listed = table.shards() if shared else pa.array([shard for shard in paths if shard], pa.string())
+        listed = pa.array(list(paths), pa.string())
         strangers = listed.filter(pc.invert(pc.is_in(listed, value_set=plan.column("shard_id").combine_chunks())))
         rows = []
         for shard_id in sorted(strangers.to_pylist()):
@@ -150,11 +145,11 @@ class _Reader:
             self._files[path] = pq.ParquetFile(fs.open(join(base, path), "rb"))
         return self._files[path]
 
-    def keys(self, path: str) -> Iterator[tuple[int, pa.Table]]:
-        """Each row group's number and KEYS."""
+    def keys(self, path: str, shard_id: str | None) -> Iterator[tuple[int, pa.Table]]:
+        """The number and KEYS of each row group that may hold rows of the shard; None: of all."""
         with storage_errors(join(self.uri, path)):
             file = self.file(path)
-            for group in range(file.num_row_groups):
+            for group in range(file.num_row_groups) if shard_id is None else row_groups_of(file, shard_id):
                 yield group, file.read_row_group(group, columns=KEYS)
 
     def found(self, path: str, group: int, row: int) -> Found:
@@ -197,7 +192,7 @@ class _Sharded:
         """By image_id: path, row group, row in it, position."""
         places: dict[str, tuple[str, int, int, int]] = {}
         for path in self.paths:
-            for group, keys in self.reader.keys(path):
+            for group, keys in self.reader.keys(path, self.shard_id):
                 own = pc.and_(
                     pc.equal(keys.column("shard_id"), self.shard_id),
                     pc.equal(keys.column("model_version"), self.version),
@@ -249,7 +244,7 @@ class _Index:
         parts: list[pa.Table] = []
         files = _current(table.files(), versions)
         for path, model in zip(files.column("path").to_pylist(), files.column("model").to_pylist(), strict=True):
-            for group, keys in reader.keys(path):
+            for group, keys in reader.keys(path, None):
                 rows = np.flatnonzero(pc.equal(keys.column("model_version"), versions[model]).to_numpy())
                 parts.append(
                     pa.table(

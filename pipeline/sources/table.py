@@ -23,7 +23,7 @@ from pipeline.runfile import read_run
 from pipeline.schema import MODEL, OK
 from pipeline.sources.base import Sample, Unit, UnitEnd
 from pipeline.storage import join, open_fs, storage_errors
-from pipeline.table import RowTable
+from pipeline.table import RowTable, row_groups_of
 
 __all__ = ["TableTargets", "table_model"]
 
@@ -55,11 +55,9 @@ class TableTargets:
         config = self.config
         model = table_model(config)
         table = RowTable.open(config.uri, config.storage)
-        files = table.files().filter(pc.field(MODEL) == model["label"])
+        files = table.shard_files().filter(pc.field(MODEL) == model["label"])
         version = files.column("model_version")
         files = files.filter(pc.or_(pc.is_null(version), pc.equal(version, model["version"])))
-        if files.column("shard_id").null_count:
-            raise ConfigError(f"{config.uri} was compacted across shards; it cannot serve as targets")
         paths: dict[str, list[str]] = {}
         rows: dict[str, int] = {}
         columns = (files.column(name).to_pylist() for name in ("shard_id", "path", "rows"))
@@ -91,13 +89,13 @@ class TableTargets:
         for path in json.loads(zlib.decompress(unit.payload)):
             with storage_errors(join(config.uri, path)):
                 file = pq.ParquetFile(fs.open(join(base, path), "rb"))
-                keys = file.read(columns=["position"]).column(0)
-                files.append((pc.min(keys).as_py(), path, file))
+                keys = file.read(columns=["shard_id", "position"]).filter(pc.field("shard_id") == unit.shard_id)
+                files.append((pc.min(keys.column("position")).as_py(), path, file))
         position = 0
         # A file is a window of positions, so files in the order of their first position are in the order of all.
         for _, path, file in sorted(files, key=lambda entry: entry[:2]):
             with storage_errors(join(config.uri, path)):
-                rows = _rows(file, model["version"])
+                rows = _rows(file, unit.shard_id, model["version"])
             for row in rows.to_pylist():
                 if unit.stop is not None and position >= unit.stop:
                     break
@@ -114,9 +112,11 @@ class TableTargets:
         yield UnitEnd(rows=position)
 
 
-def _rows(file: pq.ParquetFile, version: str) -> pa.Table:
-    """One window's rows by position; a table from before `fields` has none."""
-    rows = file.read(columns=[name for name in COLUMNS if name in file.schema_arrow.names])
+def _rows(file: pq.ParquetFile, shard_id: str, version: str) -> pa.Table:
+    """One shard's rows in a file by position; a table from before `fields` has none."""
+    groups = row_groups_of(file, shard_id)
+    rows = file.read_row_groups(groups, columns=[name for name in COLUMNS if name in file.schema_arrow.names])
+    rows = rows.filter(pc.equal(rows.column("shard_id"), shard_id))
     if "fields" not in rows.column_names:
         rows = rows.append_column("fields", pa.nulls(len(rows), pa.map_(pa.string(), pa.string())))
     return rows.filter(pc.equal(rows.column("model_version"), version)).sort_by("position")
