@@ -156,7 +156,7 @@ def _target(image_HWC: Rgb, sample: Sample, row: Mapping[str, Any], taxonomy: Ta
         if row.get("depth") and "depth" in sample.targets:
             codes_HW = decode_label_map(sample.targets["depth"], "png", width=width, height=height)
             return color_depth(np.where(codes_HW == 0, np.nan, codes_HW).astype(np.float32))
-    except (ValueError, KeyError, TypeError, OSError, SchemaError):
+    except (ValueError, KeyError, TypeError, OSError, RecursionError, SchemaError):
         return None
     return None
 
