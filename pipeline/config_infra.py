@@ -89,7 +89,6 @@ class KubernetesValues(Section):
 
 
 class AwsValues(Section):
-    account: str = Field("123456789012", pattern=r"^[0-9]{12}$", description="account id; for the ARNs of policies")
     region: Line = Field("us-west-2", description="where the nodes run; keep it the bucket's")
     zones: Line = Field("us-west-2a,us-west-2b", description="zones that are tried in this order")
     image_id: str = Field(

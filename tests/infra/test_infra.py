@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 import yaml
 
 from jobs import infra as job
-from pipeline.config import EvaluateConfig, LabelConfig
+from pipeline.config import EvaluateConfig, LabelConfig, PackConfig
 from pipeline.config_infra import InfraConfig
 from pipeline.config_train import TrainConfig
 from pipeline.configfile import load_config
@@ -333,3 +335,31 @@ def test_an_output_on_one_nodes_disk_is_refused(tmp_path: Path, capsys: pytest.C
 def test_without_the_repository_it_says_where_templates_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert job.main(["--out", str(tmp_path), "--templates", str(tmp_path)]) == EXIT_CONFIG
     assert "--templates DIR" in capsys.readouterr().err
+
+
+def test_the_guides_commands_write_the_files_that_it_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    guide = (REPOSITORY / "docs" / "cluster.md").read_text()
+    commands = [
+        line.partition("   #")[0].strip() for line in guide.splitlines() if line.lstrip().startswith("maskmill infra ")
+    ]
+    assert len(commands) == 4
+    for command in commands:
+        words = shlex.split(command.replace("AMI", "ami-0123456789abcdef0"))[2:]
+        if words == ["--help"]:
+            with pytest.raises(SystemExit, match="0"):
+                job.main(words)
+            assert "stop_grace_s  (90)" in capsys.readouterr().out
+            continue
+        assert words[words.index("--out") + 1] == "build/cluster"
+        words[words.index("--out") + 1] = str(tmp_path)
+        assert job.main(words) == 0
+    named = set(re.findall(r"build/cluster/(\S+?\.(?:yaml|json))", guide))
+    assert {"kuberay/access.yaml", "kuberay/rayjob-label.yaml", "launcher/aws.yaml"} <= named
+    for path in named:
+        assert (tmp_path / path).is_file(), path
+    for path in re.findall(r"(?:configs|infra)/[\w./-]+\.(?:yaml|json|yml)", guide):
+        assert (REPOSITORY / path).is_file(), path
+
+
+def test_the_other_configs_of_the_example_are_right() -> None:
+    load_config(PackConfig, "configs/cluster/pack.yaml")

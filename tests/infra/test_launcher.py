@@ -1,4 +1,4 @@
-"""The launcher's files: right by Ray's schema, started by Ray's own code on a fake EC2, with the rights that it uses."""
+"""The launcher's files: right by Ray's schema, started by Ray's own code on a fake EC2, with rights that suffice."""
 
 import json
 import re
@@ -139,6 +139,21 @@ def test_iam_takes_the_policies(storage: dict[str, Any]) -> None:
         iam.create_policy(PolicyName="x", PolicyDocument=files["iam/data-policy.json"].replace('"Allow"', '"Perhaps"'))
 
 
+TYPES = [
+    {
+        "InstanceType": name,
+        "VCpuInfo": {"DefaultVCpus": cpus},
+        "MemoryInfo": {"SizeInMiB": mib},
+        **({"GpuInfo": {"Gpus": [{"Name": "L4", "Count": gpus, "Manufacturer": "NVIDIA"}]}} if gpus else {}),
+    }
+    for name, cpus, mib, gpus in (
+        ("m7i.xlarge", 4, 16384, 0),
+        ("c7i.2xlarge", 8, 16384, 0),
+        ("g6.2xlarge", 8, 32768, 1),
+    )
+]
+
+
 @pytest.mark.usefixtures("account")
 def test_the_launcher_starts_nodes_with_the_rights_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's own launcher over moto's EC2; each call is held against the policy, and the other way round."""
@@ -148,18 +163,21 @@ def test_the_launcher_starts_nodes_with_the_rights_that_it_has(monkeypatch: pyte
         iam.create_instance_profile(InstanceProfileName=name)
         iam.add_role_to_instance_profile(InstanceProfileName=name, RoleName=name)
     image = boto3.client("ec2").describe_images()["Images"][0]["ImageId"]
-    files = rendered(aws={"image_id": image, "account": "111122223333"})
+    files = rendered(aws={"image_id": image})
     calls: list[tuple[str, dict[str, Any]]] = []
     original = botocore.client.BaseClient._make_api_call
 
     def recorded(client: Any, operation: str, arguments: dict[str, Any]) -> Any:
         calls.append((f"{client.meta.service_model.endpoint_prefix}:{operation}", arguments))
-        return original(client, operation, arguments)
+        # moto knows these too, and takes most of a minute to say all that it knows.
+        return (
+            {"InstanceTypes": TYPES} if operation == "DescribeInstanceTypes" else original(client, operation, arguments)
+        )
 
     monkeypatch.setattr(botocore.client.BaseClient, "_make_api_call", recorded)
     config = prepare_config(yaml.safe_load(files["launcher/aws.yaml"]))
-    config = bootstrap_aws(AWSNodeProvider.fillout_available_node_types_resources(config))
     validate_config(config)
+    config = bootstrap_aws(AWSNodeProvider.fillout_available_node_types_resources(config))
     provider = AWSNodeProvider(config["provider"], config["cluster_name"])
     for name, kind in config["available_node_types"].items():
         provider.create_node(kind["node_config"], {"ray-user-node-type": name}, 1)
