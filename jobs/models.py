@@ -26,9 +26,9 @@ INTRODUCTION = """\
 A model goes into a config as `models: [{name: NAME, weights: ADDRESS}]` (`maskmill label`) or `model:`
 (`maskmill train`). The licence is that of the published weights, or of the code where there are none; the jobs warn
 where it forbids commercial use. The time is the processor time of a forward pass over one 256x192 image, padded but not
-resized, with one box as its prompt, on one thread with random weights, as a multiple of `unet_small`'s: rough, and `–`
-where it was not measured. A model with an extra needs `pip install "maskmill[EXTRA]"`. A model of your own is
-`spec: "package.module:SPEC"`, a `ModelSpec`.
+resized, with one box as its prompt, on one thread with random weights (which may find hundreds of objects), as a
+multiple of `unet_small`'s: rough, and `–` where it was not measured. A model with an extra needs
+`pip install "maskmill[EXTRA]"`. A model of your own is `spec: "package.module:SPEC"`, a `ModelSpec`.
 """
 # One row of a Markdown table is one line.
 # ruff: noqa: E501
