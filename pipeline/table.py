@@ -65,6 +65,7 @@ FILES_PER_CHECKPOINT = 0.1
 REWRITES_AT_ONCE = 16
 REWRITES_PER_COMMIT = 200
 TAKEN_OVER = "another run has taken over this table, so this one stops"
+OLD_LISTING = "the storage lists its log as it was before this run's last commit; run the same command again"
 QUIET = PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False)
 
 
@@ -265,8 +266,9 @@ class RowTable:
     def _check_fence(self) -> None:
         with delta_errors(f"output {self.uri}"):
             self._table.update_incremental()
-            if self._table.transaction_version(FENCE) != self._fence:
-                raise StorageError(f"output {self.uri}: {TAKEN_OVER}")
+            found = self._table.transaction_version(FENCE) or 0
+            if found != self._fence:
+                raise StorageError(f"output {self.uri}: {TAKEN_OVER if found > self._fence else OLD_LISTING}")
             self._version, self._is_behind = self._table.version(), False
 
     def _commit(self, actions: list[AddAction | RemoveAction]) -> None:
