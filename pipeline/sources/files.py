@@ -131,7 +131,7 @@ class Files:
                 position=position,
                 image=b"" if error or not isinstance(image, bytes) else image,
                 targets={} if error else values,
-                fields={name: clean(captures[position][name]) for name in (pattern.groupindex if pattern else ())},
+                fields={name: clean(captures[position][name]) for name in (pattern.names if pattern else ())},
                 error=error,
             )
         yield UnitEnd(rows=len(rows))
@@ -140,7 +140,7 @@ class Files:
 def known_captures(config: FilesSource) -> set[str]:
     """The names that a template beside this source may use. Raises ConfigError."""
     pattern = path_pattern(config.images, "source.images")
-    return {*(pattern.groupindex if pattern else ()), *ALWAYS}
+    return {*(pattern.names if pattern else ()), *ALWAYS}
 
 
 def _below(root: str, entry: Entry) -> str:
@@ -152,7 +152,7 @@ def _matching(entries: list[Entry], root: str, template: str | None) -> list[Ent
     pattern = path_pattern(template, "source.images")
     if pattern is None:
         return entries
-    images = [entry for entry in entries if pattern.fullmatch(_below(root, entry))]
+    images = [entry for entry in entries if pattern.captures(_below(root, entry)) is not None]
     if not images:
         raise ConfigError(
             f"source.images: none of {len(entries)} files matches {template!r}; one of them is "

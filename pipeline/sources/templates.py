@@ -1,5 +1,6 @@
 """Path templates such as `{city}/{id}.png`: what a path says about its image, and where what belongs to it lies."""
 
+import functools
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -17,8 +18,67 @@ CAPTURE = re.compile(r"\{([^{}]*)\}")
 ALWAYS = ("dir", "stem", "ext")
 
 
-def path_pattern(template: str | None, where: str) -> re.Pattern[str] | None:
-    """The expression of a path template; a capture is one part of a path, and the same text wherever it is repeated.
+@dataclass(frozen=True)
+class PathPattern:
+    """What a path template captures, with work in proportion to the path, whatever its names are.
+
+    A regular expression of several captures in one name tries every way to share out the name: a listing could hold
+    names that take it hours. Here each capture ends where the text behind it stands last, which is what the expression
+    finds too. expression: for templates that repeat a part of a name, where one end depends on the other.
+    """
+
+    names: tuple[str, ...]
+    segments: tuple[str, ...]
+    expression: re.Pattern[str] | None = None
+
+    def captures(self, path: str) -> dict[str, str] | None:
+        """What `path` says by name; None where it has another shape."""
+        if self.expression is not None:
+            match = self.expression.fullmatch(path)
+            return match.groupdict() if match else None
+        parts = path.split("/")
+        if len(parts) != len(self.segments):
+            return None
+        found: dict[str, str] = {}
+        mixed: list[tuple[str, str]] = []
+        for segment, part in zip(self.segments, parts, strict=True):
+            whole = CAPTURE.fullmatch(segment)
+            if whole is None:
+                mixed.append((segment, part))
+            elif not part or found.setdefault(whole[1], part) != part:
+                return None
+        for segment, part in mixed:
+            known = tuple((name, found[name]) for name in CAPTURE.findall(segment) if name in found)
+            match = _backwards(segment, known).fullmatch(part[::-1])
+            if match is None:
+                return None
+            found |= {name: value[::-1] for name, value in match.groupdict().items()}
+        return {name: found[name] for name in self.names}
+
+
+@functools.lru_cache(maxsize=1024)
+def _backwards(segment: str, known: tuple[tuple[str, str], ...]) -> re.Pattern[str]:
+    """The expression of one part of a path read from its end. Atomic groups: what one has taken, it keeps."""
+    values = dict(known)
+    literals, names = [""], []
+    for index, text in enumerate(CAPTURE.split(segment)):
+        if index % 2 and text not in values:
+            names.append(text)
+            literals.append("")
+        else:
+            literals[-1] += values[text] if index % 2 else text
+    escaped = [re.escape(literal[::-1]) for literal in reversed(literals)]
+    expression = escaped[0]
+    for place, name in enumerate(reversed(names), 1):
+        if place < len(names):
+            expression += f"(?>(?P<{name}>[^/]+?){escaped[place]})"
+        else:
+            expression += f"(?P<{name}>[^/]+){escaped[place]}"
+    return re.compile(expression)
+
+
+def path_pattern(template: str | None, where: str) -> PathPattern | None:
+    """The pattern of a path template; a capture is one part of a path, and the same text wherever it is repeated.
 
     Raises ConfigError that begins with `where`.
     """
@@ -27,27 +87,30 @@ def path_pattern(template: str | None, where: str) -> re.Pattern[str] | None:
     if "{" in (rest := CAPTURE.sub("", template)) or "}" in rest:
         raise ConfigError(f"{where}: {template!r} has an unbalanced brace")
     text = ""
-    seen: set[str] = set()
+    seen: dict[str, None] = {}
     for index, part in enumerate(CAPTURE.split(template)):
         if index % 2 == 0:
             text += re.escape(part)
         elif part in seen:
             text += f"(?P={part})"
         elif part.isidentifier() and part.isascii():
-            seen.add(part)
+            seen[part] = None
             text += f"(?P<{part}>[^/]+)"
         else:
             raise ConfigError(f"{where}: {{{part}}} in {template!r} is no name of a capture")
-    return re.compile(text)
+    segments = tuple(template.split("/"))
+    parts = [name for segment in segments if not CAPTURE.fullmatch(segment) for name in CAPTURE.findall(segment)]
+    whole = {segment[1:-1] for segment in segments if CAPTURE.fullmatch(segment)}
+    repeated = any(parts.count(name) > 1 for name in parts if name not in whole)
+    return PathPattern(tuple(seen), segments, re.compile(text) if repeated else None)
 
 
-def path_captures(pattern: re.Pattern[str] | None, path: str) -> dict[str, str]:
+def path_captures(pattern: PathPattern | None, path: str) -> dict[str, str]:
     """What `path` says: ALWAYS, and the captures of the pattern where it matches."""
     folder, _, base = path.rpartition("/")
     stem, dot, extension = base.rpartition(".")
     captures = {"dir": folder, "stem": stem if dot else base, "ext": extension if dot else ""}
-    match = pattern.fullmatch(path) if pattern else None
-    return captures | (match.groupdict() if match else {})
+    return captures | ((pattern.captures(path) if pattern else None) or {})
 
 
 def check_template(template: str, known: Collection[str], where: str) -> None:
