@@ -2,6 +2,7 @@
 credential gets into what is written; nobody listens."""
 
 import ast
+import dataclasses
 import json
 import logging
 import pickle
@@ -21,10 +22,11 @@ from rich.text import Text
 
 from jobs import common
 from jobs.cli import main
-from pipeline.config import EvaluateConfig, FilesSource, LabelConfig, PackConfig, ParquetSource, Section
+from pipeline.config import EvaluateConfig, FilesSource, LabelConfig, ModelConfig, PackConfig, ParquetSource, Section
 from pipeline.config_train import TrainConfig
 from pipeline.configfile import load_config, redacted
 from pipeline.errors import ConfigError, MaskmillError, SchemaError, StorageError
+from pipeline.models.load import load_model
 from pipeline.printable import PlainFormatter, PrintableConsole, printable, printable_log
 from pipeline.redaction import HIDDEN, is_secret_name, redact_options, redact_text, remember, unsigned
 from pipeline.runfile import read_run
@@ -354,6 +356,12 @@ def test_no_field_of_a_config_is_hidden_by_mistake(kind: type[Section]) -> None:
             yield from parts(inner)
 
     assert [name for name in names(kind, set()) if is_secret_name(name)] == []
+
+
+def test_run_json_has_no_signature_of_a_weights_address() -> None:
+    loaded = load_model(ModelConfig(name="null_model"), seed=0, tile_pixels=1 << 20)
+    signed = dataclasses.replace(loaded, weights="https://h/w.safetensors?sv=1&sig=SIGNATURE")
+    assert signed.describe()["weights"] == f"https://h/w.safetensors?sv=1&sig={HIDDEN}"
 
 
 def test_ids_are_without_what_signs_an_address() -> None:

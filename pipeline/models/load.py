@@ -17,6 +17,7 @@ from pipeline.models.postprocess import POSTPROCESS, POSTPROCESS_VERSION
 from pipeline.models.registry import find_model, import_spec
 from pipeline.models.spec import ModelSpec, PostContext, Postprocess, Preprocess
 from pipeline.models.weights import CheckpointSpec, checkpoint_spec, fingerprint, load_weights, require_known
+from pipeline.redaction import redact_text
 from pipeline.taxonomy import Taxonomy, build_taxonomy, load_taxonomy
 
 __all__ = ["LoadedModel", "check_models", "find_spec", "find_taxonomy", "load_model", "stored_spec"]
@@ -68,7 +69,7 @@ class LoadedModel:
             "version": self.version,
             "task": self.spec.task,
             "taxonomy": self.taxonomy.describe(),
-            "weights": self.weights,
+            "weights": redact_text(self.weights),
             "license": license_text,
             "commercial": commercial,
             "parameters": sum(parameter.numel() for parameter in self.module.parameters()),
