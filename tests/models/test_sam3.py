@@ -307,6 +307,19 @@ def test_the_best_come_first_with_their_boxes() -> None:
     assert instances.boxes_N4.tolist() == found["boxes"][order].tolist()
 
 
+@pytest.mark.parametrize("mode", ["vocabulary", "exemplars"])
+def test_half_precision(mode: str) -> None:
+    model = tiny(mode=mode, confidence_threshold=0.0)
+    image_HWC = render_scene(4, width=SIDE, height=SIDE).image_HWC
+    image_BCHW, _ = inputs([image_HWC], PREPROCESS)
+    frame = prepare(image_HWC, PREPROCESS, Prompts(boxes=BOXES, text="car")).frame
+    (whole,) = look(model, image_BCHW, [frame])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (half,) = look(model, image_BCHW, [frame])
+    torch.testing.assert_close(half["scores"], whole["scores"], rtol=0, atol=0.1)
+    assert not torch.equal(half["scores"], whole["scores"])
+
+
 # --- as SAM 2
 
 

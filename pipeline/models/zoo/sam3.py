@@ -423,13 +423,15 @@ def _with_examples(detector: Any, image: _Features, prompt_1TC: Tensor, mask_1T:
     size_4 = torch.tensor([image.frame.width, image.frame.height] * 2, dtype=torch.float32)
     x1, y1, x2, y2 = (torch.tensor(image.frame.required_prompts().boxes) / size_4).unbind(-1)
     boxes_1N4 = torch.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], dim=-1)[None].to(prompt_1TC.device)
-    shown = detector.geometry_encoder(
-        box_embeddings=boxes_1N4,
-        box_mask=torch.ones_like(boxes_1N4[..., 0], dtype=torch.bool),
-        box_labels=torch.ones_like(boxes_1N4[..., 0], dtype=torch.int64),
-        img_feats=image.levels,
-        img_pos_embeds=image.positions,
-    )
+    # What pools the features in the boxes knows no mixed precision.
+    with torch.autocast(boxes_1N4.device.type, enabled=False):
+        shown = detector.geometry_encoder(
+            box_embeddings=boxes_1N4,
+            box_mask=torch.ones_like(boxes_1N4[..., 0], dtype=torch.bool),
+            box_labels=torch.ones_like(boxes_1N4[..., 0], dtype=torch.int64),
+            img_feats=[image.levels[-1].float()],
+            img_pos_embeds=[image.positions[-1].float()],
+        )
     return torch.cat([prompt_1TC, shown.last_hidden_state], 1), torch.cat([mask_1T, shown.attention_mask], 1)
 
 
