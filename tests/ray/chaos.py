@@ -542,7 +542,11 @@ class Chaos:
         output = str(self.folder / "undisturbed")
         arguments = labelling(f"s3://{BUCKET}/shards", output, self.s3.options)
         command = Command.start("label", arguments, self.folder / "undisturbed.log", outside_environment())
-        if command.end():
+        try:
+            code = command.end()
+        finally:
+            command.clear()
+        if code:
             raise ChaosError(f"the undisturbed run failed: {command.words[-3000:]}")
         rows = digests(DeltaTable(output))
         if len(rows) != UNITS * UNIT_IMAGES * len(MODELS):
@@ -608,6 +612,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scenario", choices=SCENARIOS, action="append", help="only rounds of these")
     given = parser.parse_args(argv)
     print(f"seed {given.seed}, {given.nodes} nodes", flush=True)
+    # The cluster, the server and the runs end with this program, also where a time limit from outside ends it.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     number = -1
     with ExitStack() as stack:
         try:
