@@ -22,6 +22,8 @@ __all__ = ["books_kept", "drive", "leave", "signals_interrupt"]
 
 PASSES = 3
 TICK_S = 1.0
+# How old what `maskmill status` says of a run that goes on may be.
+PROGRESS_S = 30.0
 # Counting a table of millions of files takes the driver seconds: at most one in fifty.
 COUNTING_SHARE = 50.0
 
@@ -49,7 +51,7 @@ def books_kept(run: Run, reporter: Reporter) -> Iterator[None]:
     except KeyboardInterrupt:
         reporter.stop()
         run.commit()
-        run.write_run("interrupted", counts=plain_counts(run))
+        run.write_run("interrupted", **_ending(run))
         raise
     except RunError as error:
         reporter.stop()
@@ -57,11 +59,17 @@ def books_kept(run: Run, reporter: Reporter) -> Iterator[None]:
         with contextlib.suppress(RunError):
             run.commit()
         with contextlib.suppress(RunError):
-            run.write_run("stopped", error=str(error), counts=plain_counts(run))
+            run.write_run("stopped", error=str(error), **_ending(run))
         raise
     reporter.stop()
     run.table.vacuum()
-    run.write_run("done", counts=plain_counts(run), images=run.images, seconds=run.seconds, label_s=run.label_s)
+    run.write_run("done", images=run.images, seconds=run.seconds, label_s=run.label_s, **_ending(run))
+
+
+def _ending(run: Run) -> dict[str, Any]:
+    """What run.json says of a run that has ended in some way."""
+    counts = plain_counts(run)
+    return {"counts": counts, "observed": run.observed(max((count["pending"] for count in counts), default=0))}
 
 
 def drive(
@@ -70,13 +78,13 @@ def drive(
     reporter: Reporter,
     *,
     commit_interval_s: float,
-    limit: Callable[[float], str],
+    limit: Callable[[], str],
     workers: str,
     pending: Callable[[], pa.Table] | None = None,
 ) -> None:
     """Run the dataflow over what is left until nothing is. windows_of: the windows of units (rows of run.WORK).
 
-    limit: the stage that limits, given the seconds so far. pending: what is left, `run.pending` by default. Raises
+    limit: what limits the run so far. pending: what is left, `run.pending` by default. Raises
     RunError.
     """
     pending = pending or run.pending
@@ -97,12 +105,12 @@ def _one_pass(
     windows: Iterator[Window],
     reporter: Reporter,
     commit_interval_s: float,
-    limit: Callable[[float], str],
+    limit: Callable[[], str],
 ) -> None:
     total, done = _images(run)
     reporter.start(total, done)
     taken = run.images
-    started = committed = counted = time.monotonic()
+    committed = counted = noted = time.monotonic()
     counting_s = 0.0
     stream = ticking(windows, count=64, weight=lambda _: 0, limit=1, tick_s=TICK_S)
     with contextlib.closing(stream):  # type: ignore[type-var]
@@ -118,8 +126,16 @@ def _one_pass(
                 counted = time.monotonic()
                 counting_s = counted - now
             shown = done + run.images - taken
-            reporter.update(done=shown, total=total, failed=run.failed, limit=limit(now - started))
+            left = max(0, total - shown)
+            if now - noted >= PROGRESS_S:
+                run.write_progress(left)
+                noted = now
+            run.observer.tick(units_left=run.units_left)
+            bill = run.bill(left)
+            cost = "" if bill is None else bill.short()
+            reporter.update(done=shown, total=total, failed=run.failed, limit=limit(), cost=cost)
     run.commit()
+    run.observer.tick(units_left=run.units_left, last=True)
 
 
 def _images(run: Run) -> tuple[int, int]:

@@ -74,7 +74,7 @@ def evaluate(config: EvaluateConfig) -> int:
                 lambda work: evaluate_windows(work, evaluate_plan, workers),
                 reporter,
                 commit_interval_s=config.output.commit_interval_s,
-                limit=lambda _: "score",
+                limit=lambda: "score",
                 workers="a task per core" if workers is None else f"{workers} tasks at once",
                 pending=ordinary,
             )

@@ -9,13 +9,15 @@ from jobs.driver import books_kept, drive, leave, signals_interrupt
 from pipeline.config import LabelConfig
 from pipeline.dataflow import cluster
 from pipeline.dataflow.label import label_windows, resolve_models
+from pipeline.dataflow.metrics import RayMetrics, cost_meter
 from pipeline.models.licences import licence_warning
 from pipeline.models.load import check_models
-from pipeline.progress import Reporter, counts_table, duration, limiting_stage, stage_shares
+from pipeline.observe.log import open_log
+from pipeline.observe.observer import Observer
+from pipeline.progress import Reporter, counts_table, duration, stage_shares
 from pipeline.run import Run
 from pipeline.scoring import plan_scorers
 from pipeline.sources.registry import open_source
-from pipeline.stages.label import thread_count
 from pipeline.stages.work import LabelPlan
 from pipeline.units import plan_table
 
@@ -30,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def label(config: LabelConfig) -> int:
     """Run one labelling job to its end. Raises RunError; everything committed by then stays."""
     reporter = Reporter("labelling")
+    log = open_log(config.log.path)
     check_models(config.models)
     started = time.monotonic()
     plan = plan_table(open_source(config.source).plan())
@@ -37,6 +40,7 @@ def label(config: LabelConfig) -> int:
     cluster.connect(config.ray_address, config.resources.object_store_bytes)
     # After connecting: Ray installs handlers of its own.
     with signals_interrupt():
+        meter = cost_meter(config.cost)
         pool = cluster.plan_pool(config.resources)
         models = resolve_models(config, pool)
         for model, given in zip(models, config.models, strict=True):
@@ -53,6 +57,8 @@ def label(config: LabelConfig) -> int:
         for note in notes:
             reporter.say(note)
         run = Run(config, plan, models)
+        log.run_id = run.run_id
+        run.observer = Observer(log=log, metrics=RayMetrics(), meter=meter, layout=config.resources.layout)
         run.begin()
         if run.orphans:
             reporter.say(f"removed {run.orphans} files that an earlier run wrote but did not commit")
@@ -65,20 +71,15 @@ def label(config: LabelConfig) -> int:
             scorers=tuple(scorers),
             run_id=run.run_id,
             seed=config.seed,
+            notes=bool(log),
         )
-        threads = thread_count(config.resources.decode_threads)
-
-        def limit(wall_s: float) -> str:
-            calls = config.resources.calls_per_worker
-            return limiting_stage(run.seconds, wall_s=wall_s, workers=pool.workers, threads=threads, calls=calls)
-
         with books_kept(run, reporter):
             drive(
                 run,
                 lambda work: label_windows(work, label_plan, pool, models),
                 reporter,
                 commit_interval_s=config.output.commit_interval_s,
-                limit=limit,
+                limit=lambda: run.observer.stalls().bound,
                 workers=f"{pool.workers} workers",
             )
     _summarise(config, run, reporter, pool)
@@ -97,8 +98,15 @@ def _summarise(config: LabelConfig, run: Run, reporter: Reporter, pool: cluster.
             f"{run.images / seconds:.1f} img/s with {pool.workers} workers, {run.commits} commits"
         )
         reporter.say(f"thread time: {shares}")
+        reporter.say(run.observer.stalls().sentence)
+        deaths = run.observer.deaths
+        if deaths:
+            reporter.say(f"{deaths} worker{'s' if deaths > 1 else ''} died and came back")
     else:
         reporter.say(f"nothing was left to label; looked for {duration(seconds)}")
+    bill = run.bill(0)
+    if bill is not None:
+        reporter.say(bill.sentence())
     reporter.say(f"table: {uri}  (run {run.run_id}, see run.json)")
     reporter.say(f"  maskmill status {uri}    maskmill preview {uri}")
     options = ", storage_options=..." if config.output.storage else ""

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from jobs.common import guarded, storage_options
-from pipeline.progress import counts_table
+from pipeline.printable import PrintableConsole
+from pipeline.progress import counts_table, progress_lines
 from pipeline.rows import PREDICTIONS, SCORES
-from pipeline.runfile import read_run
+from pipeline.runfile import read_progress, read_run
 from pipeline.status import table_counts
 from pipeline.table import RowTable
 from pipeline.units import UnitLog
@@ -42,10 +42,12 @@ def _status(uri: str, storage: dict[str, Any], as_json: bool) -> int:
     versions = {model["label"]: model["version"] for model in run["models"]}
     counts = table_counts(table, UnitLog(uri, storage), versions)
     kinds, examples = _failures(table, versions)
+    progress = read_progress(uri, storage, run)
     if as_json:
         figures = {
-            "run_id": run["run_id"],
-            "state": run["state"],
+            "run_id": run.get("run_id"),
+            "state": run.get("state"),
+            "progress": progress,
             "models": [{**asdict(count), "pending": count.pending} for count in counts],
             "failures": [
                 {"model": model, "stage": stage, "type": kind, "rows": rows, "examples": examples[model, stage, kind]}
@@ -54,9 +56,11 @@ def _status(uri: str, storage: dict[str, Any], as_json: bool) -> int:
         }
         print(json.dumps(figures, indent=1))
         return 0
-    console = Console(highlight=False)
-    console.print(f"run {run['run_id']}: {run['state']}, updated {run['updated_at']}", markup=False)
+    console = PrintableConsole()
+    console.print(f"run {run.get('run_id')}: {run.get('state')}, updated {run.get('updated_at')}")
     console.print(counts_table(counts))
+    for line in progress_lines(progress):
+        console.print(line)
     if kinds:
         shown = Table(box=None, pad_edge=False)
         for column in ("failed", "model", "stage", "kind", "for example"):
@@ -64,7 +68,7 @@ def _status(uri: str, storage: dict[str, Any], as_json: bool) -> int:
         for (model, stage, kind), rows in kinds.most_common():
             shown.add_row(str(rows), model, stage, kind, examples[model, stage, kind][0])
         console.print()
-        console.print(shown, markup=False)
+        console.print(shown)
     return 0
 
 

@@ -14,9 +14,12 @@ from jobs.driver import leave, signals_interrupt
 from pipeline.config_train import TrainConfig
 from pipeline.configfile import redacted
 from pipeline.dataflow import cluster
+from pipeline.dataflow.metrics import RayMetrics, cost_meter
 from pipeline.errors import RunError
 from pipeline.models.licences import licence, licence_warning
 from pipeline.models.load import find_spec, stored_spec
+from pipeline.observe.log import open_log
+from pipeline.observe.training import TrainObserver
 from pipeline.progress import Reporter, duration
 from pipeline.runfile import code_version, write_run
 from pipeline.sources.registry import open_source
@@ -37,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: TrainConfig) -> int:
     """Train to the end, or go on from the output's last checkpoint. Raises RunError; checkpoints stay."""
     reporter = Reporter("training")
+    log = open_log(config.log.path)
     started = time.monotonic()
     plan = plan_source(open_source(config.source))
     validation = None if config.validation is None else plan_source(open_source(config.validation.source))
@@ -45,11 +49,15 @@ def train(config: TrainConfig) -> int:
     _say_licence(config, reporter)
     cluster.connect(config.ray_address, config.resources.object_store_bytes)
     with signals_interrupt():
+        meter = cost_meter(config.cost)
         pool = cluster.plan_pool(config.resources, fewest=config.resources.min_workers)
         if config.resources.workers == "auto" and not pool.gpus:
             pool = replace(pool, workers=1)  # its CPUs serve one model better than two
         run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid4().hex[:6]}"
+        log.run_id = run_id
+        observer = TrainObserver(config, plan.images, log=log, metrics=RayMetrics(), meter=meter)
         _write_run(config, run_id, plan, "running")
+        log.write("run_running", job="train")
         training = Training(config, pool, plan, validation, run_id)
         workers = f"{pool.workers} worker{'s' if pool.workers > 1 else ''}"
         reporter.say(f"starting {workers}: {config.batch_images} images a step, {config.epochs} epochs")
@@ -57,22 +65,28 @@ def train(config: TrainConfig) -> int:
             reporter.say(f"waiting for room: {training.waits_for}; resources.min_workers begins with fewer")
         try:
             try:
-                _follow(config, training, reporter, plan.images, pool.workers)
+                _follow(config, training, reporter, observer, pool.workers)
             except KeyboardInterrupt:
                 reporter.stop()
-                _stop(training, reporter)
+                _stop(training, reporter, observer)
                 raise
         # What stopped the run, a full disk say, may stop run.json too; it must not keep the reason from being said.
         except KeyboardInterrupt:
+            log.write("run_interrupted", "warning")
             with contextlib.suppress(RunError):
-                _write_run(config, run_id, plan, "interrupted")
+                _write_run(config, run_id, plan, "interrupted", observed=observer.observed())
             raise
         except RunError as error:
             reporter.stop()
+            log.write("run_stopped", "error", error=str(error))
             with contextlib.suppress(RunError):
-                _write_run(config, run_id, plan, "stopped", error=str(error))
+                _write_run(config, run_id, plan, "stopped", error=str(error), observed=observer.observed())
             raise
-        _write_run(config, run_id, plan, "done")
+        _write_run(config, run_id, plan, "done", observed=observer.observed())
+        log.write("run_done")
+        bill = observer.bill()
+        if bill is not None:
+            reporter.say(bill.sentence())
     return 0
 
 
@@ -85,22 +99,26 @@ def _say_licence(config: TrainConfig, reporter: Reporter) -> None:
             reporter.say(licence_warning(config.model.label or spec.name, text))
 
 
-def _stop(training: Training, reporter: Reporter) -> None:
+def _stop(training: Training, reporter: Reporter, observer: TrainObserver) -> None:
     if not training.stop():
         reporter.say("stopping: no worker is at work, so there is no checkpoint to write")
         return
     reporter.say("stopping: a checkpoint is written first")
     for event in training.remaining():
+        if not isinstance(event, Resumed | WorkersFailed):
+            observer.event(event)
         if isinstance(event, Saved) and not event.published:
             reporter.say(f"stopped after step {event.checkpoint.step}: {event.uri}")
 
 
-def _follow(config: TrainConfig, training: Training, reporter: Reporter, images: int, workers: int) -> None:
+def _follow(config: TrainConfig, training: Training, reporter: Reporter, observer: TrainObserver, workers: int) -> None:
     started = time.monotonic()
-    total = config.epochs * images
-    loss = ""
+    total = observer.total
     for event in training.events():
+        if not isinstance(event, Resumed | WorkersFailed):
+            observer.event(event)
         if isinstance(event, Resumed):
+            observer.started(event.workers, event.done, event.steps_per_epoch)
             done = event.done * config.batch_images
             what = f"going on after step {event.done}" if event.from_checkpoint else "from the beginning"
             fewer = f" with {event.workers} of {workers} workers" if event.workers < workers else ""
@@ -111,13 +129,19 @@ def _follow(config: TrainConfig, training: Training, reporter: Reporter, images:
                 reporter.say(f"not in the weights, so random: {names}{more}")
             reporter.start(total, min(done, total))
         elif isinstance(event, WorkersFailed):
+            observer.failed(event.reason, died=not event.raised)
             reporter.stop()
             reporter.say(event.reason)
         elif isinstance(event, StepDone):
-            loss = f"loss {event.result.loss:.4f}"
+            bill = observer.bill()
             reporter.update(
-                done=min(event.done * config.batch_images, total), total=total, failed=event.result.failed, limit=loss
+                done=min(event.done * config.batch_images, total),
+                total=total,
+                failed=event.result.failed,
+                limit=f"loss {event.result.loss:.4f}",
+                cost="" if bill is None else bill.short(),
             )
+            observer.speed(reporter.images_per_s)
         elif isinstance(event, EpochDone):
             reporter.say(_epoch_line(event.row, config.epochs))
             for failure in event.failures[:SHOWN_FAILURES]:

@@ -12,10 +12,12 @@ __all__ = [
     "SOURCES",
     "AnySource",
     "CocoSource",
+    "CostConfig",
     "CrfStage",
     "EvaluateConfig",
     "FilesSource",
     "LabelConfig",
+    "LogConfig",
     "ModelConfig",
     "OutputConfig",
     "PackConfig",
@@ -289,6 +291,21 @@ class Resources(WorkerResources):
     )
 
 
+class CostConfig(Section):
+    """Prices of the whole cluster, which are added up: it is paid for while a run has it, busy or idle."""
+
+    currency: str = Field("USD", min_length=1, max_length=12, description="of the prices; a name, nothing is converted")
+    per_node_hour: float = Field(0.0, ge=0, description="price of a node for an hour, where all cost the same")
+    per_gpu_hour: float = Field(0.0, ge=0, description="price of a GPU for an hour, where nodes differ")
+    per_cpu_hour: float = Field(0.0, ge=0, description="price of a logical CPU for an hour")
+
+
+class LogConfig(Section):
+    path: str | None = Field(
+        None, description="file of the driver to append JSON lines to, one for each event; -: standard output"
+    )
+
+
 class DepthScoreConfig(Section):
     scale: float = Field(0.001, gt=0, description="metres of one step of an integer depth target (KITTI: 0.00390625)")
     invalid: tuple[float, ...] = Field((0.0,), description="stored values that mean no depth (7-Scenes: 0 and 65535)")
@@ -339,6 +356,8 @@ class LabelConfig(Section):
     )
     seed: int = Field(0, ge=0, description="seed of random weights")
     resources: Resources = Field(Resources(), description="the cluster's share for this run")
+    cost: CostConfig | None = Field(None, description="what the cluster costs; null: nothing is said of it")
+    log: LogConfig = Field(LogConfig(), description="structured log of failed rows, retries, commits, worker deaths")
     ray_address: str | None = Field(None, description="Ray cluster to join; default: RAY_ADDRESS, else a local one")
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.config import ModelConfig, Section, SourceConfig, Storage, WorkerResources
+from pipeline.config import CostConfig, LogConfig, ModelConfig, Section, SourceConfig, Storage, WorkerResources
 
 __all__ = [
     "AugmentConfig",
@@ -262,6 +262,8 @@ class TrainConfig(Section):
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="when the state is kept, and how much of it")
     output: TrainOutput = Field(description="where checkpoints and figures go")
     resources: TrainResources = Field(TrainResources(), description="the cluster's share for this run")
+    cost: CostConfig | None = Field(None, description="what the cluster costs; null: nothing is said of it")
+    log: LogConfig = Field(LogConfig(), description="structured log of failed images, checkpoints, worker deaths")
     ray_address: str | None = Field(None, description="Ray cluster to join; default: RAY_ADDRESS, else a local one")
 
     @model_validator(mode="after")

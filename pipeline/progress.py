@@ -1,21 +1,22 @@
 """What a run says: a bar on a terminal, a plain line every ten seconds elsewhere, a summary at the end."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from pipeline.observe.cost import Bill
+from pipeline.printable import PrintableConsole
 from pipeline.status import Counts
 
-__all__ = ["Reporter", "counts_table", "limiting_stage", "stage_shares"]
+__all__ = ["Reporter", "counts_table", "duration", "progress_lines", "stage_shares"]
 
 LINE_EVERY_S = 10.0
 RATE_WINDOW_S = 60.0
-# Stages that share one pool of threads.
-POOLED = ("decode", "prepare", "encode", "score")
 
 
 def stage_shares(seconds: Mapping[str, float]) -> dict[str, float]:
@@ -24,26 +25,13 @@ def stage_shares(seconds: Mapping[str, float]) -> dict[str, float]:
     return {stage: value / total if total else 0.0 for stage, value in seconds.items()}
 
 
-def limiting_stage(seconds: Mapping[str, float], *, wall_s: float, workers: int, threads: int, calls: int) -> str:
-    """The stage whose threads are closest to busy all the time: what more of would make the run faster."""
-    lanes = {"read": calls, "predict": 1, "write": calls}
-    busy = dict(seconds)
-    if wall_s <= 0 or not any(busy.values()):
-        return "start-up"
-    shared = sum(busy.get(stage, 0.0) for stage in POOLED)
-    load = {stage: busy.get(stage, 0.0) / (wall_s * workers * lane) for stage, lane in lanes.items()}
-    largest = max(POOLED, key=lambda stage: busy.get(stage, 0.0))
-    load[largest] = shared / (wall_s * workers * threads)
-    return max(load, key=lambda stage: load[stage])
-
-
 class Reporter:
     """Progress of one run. Everything goes to standard error, so that standard output stays for results."""
 
     def __init__(self, doing: str = "labelling", *, quiet: bool = False) -> None:
         """doing: what the bar says is done to the images."""
         self._doing = doing
-        self.console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+        self.console = PrintableConsole(stderr=True, soft_wrap=not sys.stderr.isatty())
         self._live = self.console.is_terminal and not quiet
         self._quiet = quiet
         self._progress: Progress | None = None
@@ -54,7 +42,7 @@ class Reporter:
     def say(self, text: str) -> None:
         """One line about what happens now."""
         if not self._quiet:
-            self.console.print(text, markup=False)
+            self.console.print(text)
 
     def start(self, total: int, done: int) -> None:
         """Begin the bar, anew where there is one: `total` images, `done` of them by earlier runs."""
@@ -76,23 +64,36 @@ class Reporter:
                 "label", total=total, completed=done, rate="-", failed=0, limit="start-up"
             )
 
-    def update(self, *, done: int, total: int, failed: int, limit: str) -> None:
-        """Show where the run is; done and total in images, failed in rows."""
+    @property
+    def images_per_s(self) -> float:
+        """Over the last minute."""
+        if not self._history:
+            return 0.0
+        (then, before), (now, after) = self._history[0], self._history[-1]
+        return (after - before) / max(now - then, 1e-9)
+
+    def update(self, *, done: int, total: int, failed: int, limit: str, cost: str = "") -> None:
+        """Show where the run is; done and total in images, failed in rows. cost: so far and to go, where known."""
         now = time.monotonic()
         self._history.append((now, done))
         while len(self._history) > 2 and now - self._history[0][0] > RATE_WINDOW_S:
             self._history.pop(0)
-        (then, before), (_, after) = self._history[0], self._history[-1]
-        rate = (after - before) / max(now - then, 1e-9)
+        rate = self.images_per_s
+        cost = f"  cost {cost}" if cost else ""
         if self._progress is not None and self._task is not None:
             self._progress.update(
-                self._task, completed=done, total=max(total, done), rate=f"{rate:.1f}", failed=failed, limit=limit
+                self._task,
+                completed=done,
+                total=max(total, done),
+                rate=f"{rate:.1f}",
+                failed=failed,
+                limit=f"{limit}{cost}",
             )
         elif not self._quiet and now - self._last_line >= LINE_EVERY_S:
             self._last_line = now
             total = max(total, done)  # it may be an estimate
             eta = duration((total - done) / rate) if rate > 0 else "unknown"
-            self.say(f"{done} / {total} images, {rate:.1f} img/s, failed {failed}, ETA {eta}, limit: {limit}")
+            self.say(f"{done} / {total} images, {rate:.1f} img/s, failed {failed}, ETA {eta}, limit: {limit}{cost}")
 
     def stop(self) -> None:
         """End the bar."""
@@ -124,3 +125,19 @@ def counts_table(counts: Sequence[Counts]) -> Table:
             f"{about}{count.pending}",
         )
     return table
+
+
+def progress_lines(progress: Mapping[str, Any] | None) -> list[str]:
+    """What limits a run and what it costs, from what its run.json or progress file says of it (Run.observed), which may
+    be of another version."""
+    if progress is None:
+        return []
+    accelerator, cost = progress.get("accelerator"), progress.get("cost")
+    lines = []
+    if isinstance(accelerator, Mapping) and accelerator.get("bound") != "start-up" and "sentence" in accelerator:
+        lines.append(str(accelerator["sentence"]))
+    if isinstance(cost, Mapping):
+        # A bill of other fields is not one of ours.
+        with contextlib.suppress(TypeError, ValueError):
+            lines.append(Bill(**cost).sentence())
+    return lines

@@ -24,9 +24,11 @@ from pyroaring import BitMap
 from pipeline import units
 from pipeline.config import EvaluateConfig, LabelConfig
 from pipeline.configfile import redacted
-from pipeline.errors import ConfigError, FailureBudgetExceeded, SourceChangedError
+from pipeline.errors import ConfigError, FailureBudgetExceeded, SourceChangedError, StorageError
+from pipeline.observe.cost import Bill
+from pipeline.observe.observer import Observer
 from pipeline.rows import PREDICTIONS
-from pipeline.runfile import SCORES_FOLDER, code_version, write_run
+from pipeline.runfile import SCORES_FOLDER, code_version, write_progress, write_run
 from pipeline.stages.work import STAGES, Window, WorkItem
 from pipeline.status import Counts, table_counts
 from pipeline.storage import join
@@ -105,6 +107,8 @@ class Run:
         self.commits = 0
         self.orphans = 0
         self.dropped = 0
+        self.observer = Observer()
+        self._planned = 0
         self._attempts: Mapping[tuple[str, str], Mapping[int, int]] = {}
         self._names = list(self.versions)
         self._in_work: dict[int, _UnitInWork] = {}
@@ -180,6 +184,7 @@ class Run:
         finished = {name: units.is_finished(self.plan, lines, version) for name, version in self.versions.items()}
         every = functools.reduce(pc.and_, finished.values())
         left = self.plan.append_column("index", pa.array(np.arange(len(self.plan)))).filter(pc.invert(every))
+        self._planned = len(left) + len(self._finished_units)
         done, attempts = self._done_columns(left, finished, lines)
         return left.append_column("done", done).append_column("attempts", attempts).cast(WORK)
 
@@ -223,6 +228,11 @@ class Run:
             attempts[place] = json.dumps(tries) if any(tries) else None
         return pa.array(done, WORK.field("done").type), pa.array(attempts, pa.string())
 
+    @property
+    def units_left(self) -> int:
+        """Of those that were last found pending."""
+        return self._planned - len(self._finished_units)
+
     def take(self, window: Window) -> None:
         """Book one window. One that came before (a task that Ray ran twice) is left out: its files are orphans."""
         if self.first_window is None and window.seconds:
@@ -231,27 +241,36 @@ class Run:
         self.last_window = time.monotonic()
         for stage, seconds in window.seconds.items():
             self.seconds[stage] += seconds
+        booked = self._book(window)
+        self.observer.window(window, lambda: self.plan.column("shard_id")[window.index].as_py(), booked=booked)
         if window.index in self._finished_units:
-            self.dropped += len(window.files)
             return
-        unit = self._in_work.setdefault(window.index, _UnitInWork())
-        bitmaps = [(file, BitMap.deserialize(file.positions)) for file in window.files]
-        if any(not unit.taken.setdefault(file.model, BitMap()).isdisjoint(bitmap) for file, bitmap in bitmaps):
-            self.dropped += len(window.files)
-        else:
-            for file, bitmap in bitmaps:
-                unit.taken[file.model] |= bitmap
-                unit.finished -= {file.model}
-                self.rows += file.rows
-                self.failed += file.failed
-                self._files.append(file)
-            self.images += window.images
+        unit = self._in_work[window.index]
         if window.rows is not None:
             # Of two readings the one that got further counts: the other met a fault and recorded it as its last row.
             unit.rows = max(window.rows, unit.rows or 0)
         # Finished is what has been counted, not what was reported: windows may arrive in any order.
         if unit.rows is not None and all(unit.is_complete(name) for name in self._names):
             self._finish_unit(window.index, unit.rows)
+
+    def _book(self, window: Window) -> bool:
+        """Whether its files are taken; those that are not are orphans."""
+        if window.index in self._finished_units:
+            self.dropped += len(window.files)
+            return False
+        unit = self._in_work.setdefault(window.index, _UnitInWork())
+        bitmaps = [(file, BitMap.deserialize(file.positions)) for file in window.files]
+        if any(not unit.taken.setdefault(file.model, BitMap()).isdisjoint(bitmap) for file, bitmap in bitmaps):
+            self.dropped += len(window.files)
+            return False
+        for file, bitmap in bitmaps:
+            unit.taken[file.model] |= bitmap
+            unit.finished -= {file.model}
+            self.rows += file.rows
+            self.failed += file.failed
+            self._files.append(file)
+        self.images += window.images
+        return True
 
     def _finish_unit(self, index: int, rows: int) -> None:
         self._finished_units.add(index)
@@ -271,6 +290,7 @@ class Run:
         if self._files:
             self.table.commit(self._files)
             self.commits += 1
+            self.observer.committed(self._files)
             self._files = []
         if self._finished:
             self.unit_log.append_finished(self._finished, self.run_id)
@@ -319,6 +339,33 @@ class Run:
             **more,
         }
         write_run(self.uri, self.storage, run)
+        self.observer.state(state, job=self.job, error=more.get("error"))
+
+    def bill(self, left: int) -> Bill | None:
+        """What this run costs, where the config has prices. left: images that are still to do."""
+        return self.observer.bill(images=self.images, left=left, working_since_s=self.first_window)
+
+    def observed(self, left: int) -> dict[str, Any]:
+        """What run.json says of how it went; the same figures while it runs are in its progress file."""
+        bill = self.bill(left)
+        return {
+            "updated_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "images": self.images,
+            "rows": self.rows,
+            "failed": self.failed,
+            "bytes_read": self.observer.bytes_read,
+            "worker_deaths": self.observer.deaths,
+            "accelerator": self.observer.stalls().as_json(),
+            "cost": bill and bill.as_json(),
+        }
+
+    def write_progress(self, left: int) -> None:
+        """Say how far it is in a file of this run's own: run.json may be another's by now. Storage that fails is not
+        worth stopping for."""
+        try:
+            write_progress(self.uri, self.storage, self.run_id, self.observed(left))
+        except StorageError as error:
+            log.warning("progress could not be written: %s", error)
 
 
 def output_of(config: LabelConfig | EvaluateConfig) -> tuple[str, Mapping[str, Any]]:

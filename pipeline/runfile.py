@@ -12,7 +12,7 @@ import pipeline
 from pipeline.errors import SchemaError
 from pipeline.storage import join, open_fs, storage_errors, write_file
 
-__all__ = ["RUN_FILE", "SCORES_FOLDER", "code_version", "read_run", "write_run"]
+__all__ = ["RUN_FILE", "SCORES_FOLDER", "code_version", "read_progress", "read_run", "write_progress", "write_run"]
 
 RUN_FILE = "run.json"
 # Where `evaluate` puts the scores of a prediction table by default, below it.
@@ -28,7 +28,7 @@ def read_run(uri: str, storage: Mapping[str, Any]) -> dict[str, Any]:
     try:
         run: dict[str, Any] = json.loads(data)
         [(model["label"], model["version"]) for model in run["models"]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SchemaError(
             f"{join(uri, RUN_FILE)} is no run.json of maskmill: {type(error).__name__}: {error}"
         ) from error
@@ -43,6 +43,37 @@ def write_run(uri: str, storage: Mapping[str, Any], run: Mapping[str, Any]) -> N
         fs.makedirs(join(base, "_runs"), exist_ok=True)
     for name in (f"_runs/{run['run_id']}.json", RUN_FILE):
         write_file(fs, join(base, name), data, join(uri, RUN_FILE))
+
+
+def write_progress(uri: str, storage: Mapping[str, Any], run_id: str, progress: Mapping[str, Any]) -> None:
+    """Write how far a run is to _runs/RUN_ID.progress.json, while it goes on. Raises StorageError."""
+    fs, base = open_fs(uri, storage)
+    path = _progress_path(run_id)
+    write_file(fs, join(base, path), json.dumps(progress, indent=1).encode(), join(uri, path))
+
+
+def read_progress(uri: str, storage: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a run last said of itself: `observed` of its run.json once it has ended, else its progress file, None where
+    there is neither. Raises StorageError."""
+    if isinstance(run.get("observed"), dict):
+        return dict(run["observed"])
+    fs, base = open_fs(uri, storage)
+    path = _progress_path(str(run["run_id"]))
+    with storage_errors(join(uri, path)):
+        try:
+            data = fs.cat_file(join(base, path), start=0, end=MAX_RUN_BYTES)
+        except FileNotFoundError:
+            return None
+    try:
+        progress = json.loads(data)
+    except (ValueError, RecursionError):
+        return None  # it may just be written
+    return progress if isinstance(progress, dict) else None
+
+
+def _progress_path(run_id: str) -> str:
+    # The name comes from run.json, which others may write: it is no path.
+    return f"_runs/{Path(run_id).name}.progress.json"
 
 
 def code_version() -> dict[str, str]:

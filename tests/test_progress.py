@@ -1,4 +1,4 @@
-"""Progress: shares and the limiting stage by hand, durations as people say them, plain lines away from a terminal."""
+"""Progress: shares by hand, durations as people say them, plain lines away from a terminal."""
 
 import io
 from typing import Any
@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from pipeline import progress
-from pipeline.progress import Reporter, counts_table, duration, limiting_stage, stage_shares
+from pipeline.printable import PrintableConsole
+from pipeline.progress import Reporter, counts_table, duration, progress_lines, stage_shares
 from pipeline.stages.work import STAGES
 from pipeline.status import Counts
 
@@ -17,32 +18,6 @@ def test_stage_shares() -> None:
     assert stage_shares(dict.fromkeys(STAGES, 0.0)) == dict.fromkeys(STAGES, 0.0)
     assert stage_shares({}) == {}
     assert sum(stage_shares({stage: 0.1 * n for n, stage in enumerate(STAGES)}).values()) == pytest.approx(1)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "expected"),
-    [
-        ({}, "start-up"),
-        (dict.fromkeys(STAGES, 0.0), "start-up"),
-        ({"predict": 9.0}, "predict"),
-        # One lane of predicting, four threads for decode, prepare and encode together, two calls that read and write.
-        ({"predict": 9.0, "decode": 20.0, "prepare": 10.0, "encode": 5.0}, "predict"),
-        ({"predict": 8.0, "decode": 20.0, "prepare": 10.0, "encode": 5.0}, "decode"),
-        ({"predict": 8.0, "decode": 5.0, "prepare": 10.0, "encode": 20.0}, "encode"),
-        ({"predict": 8.0, "decode": 5.0, "prepare": 25.0, "encode": 3.0}, "prepare"),
-        ({"predict": 8.0, "read": 17.0}, "read"),
-        ({"predict": 8.0, "read": 15.0}, "predict"),
-        ({"predict": 8.0, "write": 19.0, "read": 17.0}, "write"),
-    ],
-)
-def test_limiting_stage(seconds: dict[str, float], expected: str) -> None:
-    assert limiting_stage(seconds, wall_s=10, workers=1, threads=4, calls=2) == expected
-    several = {stage: value * 3 for stage, value in seconds.items()}
-    assert limiting_stage(several, wall_s=10, workers=3, threads=4, calls=2) == expected
-
-
-def test_limiting_stage_before_any_time_has_passed() -> None:
-    assert limiting_stage({"predict": 1.0}, wall_s=0.0, workers=1, threads=1, calls=1) == "start-up"
 
 
 @pytest.mark.parametrize(
@@ -77,10 +52,10 @@ def make_reporter(
     clock, text = Clock(), io.StringIO()
     monkeypatch.setattr(progress, "time", clock)
 
-    def console(**settings: Any) -> Console:
-        return Console(file=text, force_terminal=terminal, width=120, highlight=False, soft_wrap=settings["soft_wrap"])
+    def console(**settings: Any) -> PrintableConsole:
+        return PrintableConsole(file=text, force_terminal=terminal, width=120, soft_wrap=settings["soft_wrap"])
 
-    monkeypatch.setattr(progress, "Console", console)
+    monkeypatch.setattr(progress, "PrintableConsole", console)
     return Reporter(**options), text, clock
 
 
@@ -95,6 +70,39 @@ def test_plain_lines_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
         "200 / 1000 images, 10.0 img/s, failed 3, ETA 1 min 20 s, limit: predict",
         "300 / 1000 images, 10.0 img/s, failed 3, ETA 1 min 10 s, limit: predict",
     ]
+
+
+def test_the_cost_stands_at_the_end_of_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    reporter, text, clock = make_reporter(monkeypatch, terminal=False)
+    assert reporter.images_per_s == 0
+    reporter.start(100, 0)
+    clock.now += 10
+    reporter.update(done=50, total=100, failed=0, limit="reader", cost="1.20 USD + 1.00 to go")
+    assert text.getvalue().endswith("ETA 10 s, limit: reader  cost 1.20 USD + 1.00 to go\n")
+    assert reporter.images_per_s == 5
+
+
+ACCELERATOR = {"bound": "reader", "sentence": "reader-bound: ..."}
+COST = {"currency": "EUR", "per_hour": 1.0, "so_far": 2.0, "per_1000_images": 0.5, "to_go": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("progress", "lines"),
+    [
+        (None, []),
+        ({}, []),
+        ({"accelerator": ACCELERATOR}, ["reader-bound: ..."]),
+        ({"accelerator": {"bound": "start-up", "sentence": "nothing yet"}, "cost": None}, []),
+        (
+            {"accelerator": ACCELERATOR, "cost": COST},
+            ["reader-bound: ...", "cost: 2.00 EUR so far, 0.500 per 1000 images, 3.00 to go"],
+        ),
+        ({"accelerator": "?", "cost": {"so_far": 1}}, []),  # not ours
+        ({"cost": {**COST, "so_far": "much"}}, []),
+    ],
+)
+def test_progress_lines(progress: dict[str, Any] | None, lines: list[str]) -> None:
+    assert progress_lines(progress) == lines
 
 
 def test_the_rate_is_that_of_the_last_minute(monkeypatch: pytest.MonkeyPatch) -> None:

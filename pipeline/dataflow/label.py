@@ -5,9 +5,10 @@ descriptors and file names travel. `split`: CPU tasks on any node read and decod
 actors, for nodes whose accelerators outrun their own cores.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pyarrow as pa
@@ -103,6 +104,10 @@ class _Worker:
 
     def __init__(self, plan: LabelPlan) -> None:
         self.labeller = Labeller(plan)
+        context = ray.get_runtime_context()
+        # Ray starts a dead actor again under its id, in a process of its own.
+        process = f"{ray.util.get_node_ip_address()}:{os.getpid()}"
+        self.worker = (context.get_actor_id(), process, context.was_current_actor_reconstructed)
 
     def __call__(self, work: pa.Table) -> Iterator[pa.Table]:
         for row in work.to_pylist():
@@ -115,7 +120,7 @@ class _Worker:
                 preprocesses = tuple(model.preprocess for model in self.labeller.models)
                 windows = self.labeller.label_decoded(item, unpack_window(row["window"], preprocesses))
             for window in windows:
-                yield window_to_table(window)
+                yield window_to_table(replace(window, worker=self.worker))
 
 
 class _Reader:

@@ -1,5 +1,6 @@
 """Windows on their way from the workers to the driver, as Arrow rows."""
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -8,7 +9,7 @@ import pyarrow as pa
 from ray.data import Dataset
 
 from pipeline.dataflow.cluster import ray_errors
-from pipeline.stages.work import Window
+from pipeline.stages.work import Note, Window
 from pipeline.table import FileRecord
 
 __all__ = ["iter_windows", "window_to_table"]
@@ -38,6 +39,13 @@ WINDOWS = pa.schema(
         ("images", pa.int64()),
         ("wall_s", pa.float64()),
         ("seconds", pa.map_(pa.string(), pa.float64())),
+        ("bytes_read", pa.int64()),
+        ("waits", pa.map_(pa.string(), pa.float64())),
+        ("batches", pa.int64()),
+        ("batch_pixels", pa.int64()),
+        ("queued", pa.int64()),
+        ("notes", pa.string()),  # JSON
+        ("worker", pa.string()),  # JSON
     ]
 )
 
@@ -59,6 +67,13 @@ def window_to_table(window: Window) -> pa.Table:
         "images": window.images,
         "wall_s": window.wall_s,
         "seconds": list(window.seconds.items()),
+        "bytes_read": window.bytes_read,
+        "waits": list(window.waits.items()),
+        "batches": window.batches,
+        "batch_pixels": window.batch_pixels,
+        "queued": window.queued,
+        "notes": json.dumps([asdict(note) for note in window.notes]) if window.notes else None,
+        "worker": json.dumps(window.worker) if window.worker else None,
     }
     return pa.Table.from_pylist([row], schema=WINDOWS)
 
@@ -71,4 +86,11 @@ def _to_window(row: Mapping[str, Any]) -> Window:
         images=row["images"],
         wall_s=row["wall_s"],
         seconds=dict(row["seconds"]),
+        bytes_read=row["bytes_read"],
+        waits=dict(row["waits"]),
+        batches=row["batches"],
+        batch_pixels=row["batch_pixels"],
+        queued=row["queued"],
+        notes=tuple(Note(**note) for note in json.loads(row["notes"])) if row["notes"] else (),
+        worker=tuple(json.loads(row["worker"])) if row["worker"] else None,
     )

@@ -6,7 +6,7 @@ nothing vanishes.
 """
 
 import time
-from collections.abc import Container, Iterator, Mapping, Set
+from collections.abc import Callable, Container, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -65,9 +65,13 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitEnd:
-    """The last thing a reader yields: how many positions the unit has, skipped and failed ones included."""
+    """The last thing a reader yields: how many positions the unit has, skipped and failed ones included.
+
+    faults: of the storage, that were met and survived just before it.
+    """
 
     rows: int
+    faults: tuple[str, ...] = ()
 
 
 class Source(Protocol):
@@ -131,12 +135,19 @@ class _Both:
 
 
 def read_unit(
-    source: Source, unit: Unit, done: Container[int], attempts: int = READ_ATTEMPTS, *, images: bool = True
+    source: Source,
+    unit: Unit,
+    done: Container[int],
+    attempts: int = READ_ATTEMPTS,
+    *,
+    images: bool = True,
+    on_fault: Callable[[StorageError], None] | None = None,
 ) -> Iterator[Sample | UnitEnd]:
     """`source.read` that survives passing storage faults: it reads again and skips what it has already yielded.
 
     It waits 0.5 s after the first fault and twice as long after each further one. After `attempts` faults without a
-    sample in between, the rest of the unit becomes one failed sample.
+    sample in between, the rest of the unit becomes one failed sample. on_fault: told of each fault that it reads again
+    after.
     """
     seen: set[int] = set()
     position = 0
@@ -154,6 +165,8 @@ def read_unit(
         except StorageError as error:
             faults += 1
             if faults < attempts:
+                if on_fault is not None:
+                    on_fault(error)
                 time.sleep(RETRY_PAUSE_S * 2 ** (faults - 1))
             else:
                 while position in done:

@@ -3,7 +3,8 @@
 import time
 from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from pipeline.errors import PredictError, RowError
 from pipeline.images import decode_image
@@ -12,6 +13,7 @@ from pipeline.prompts import read_prompts
 from pipeline.sources.base import Sample, Source, Unit, UnitEnd, read_unit
 from pipeline.stages.prepare import Prepared, prepare
 from pipeline.stages.stream import map_ordered, read_ahead
+from pipeline.stages.waits import Waits
 
 __all__ = ["Decoded", "Decoder"]
 
@@ -27,7 +29,8 @@ class Decoded:
     """One sample after decoding. prepared: one entry per model, None where that model has its row already.
 
     width, height: of the decoded image, 0 where `error` is set. targets: encoded, empty where nothing is scored.
-    read_s, decode_s, prepare_s: thread seconds spent on it.
+    read_s, decode_s, prepare_s: thread seconds spent on it. bytes_read: of the encoded image and its targets. faults:
+    of the storage, that were survived to read it.
     """
 
     image_id: str
@@ -41,6 +44,8 @@ class Decoded:
     read_s: float = 0.0
     decode_s: float = 0.0
     prepare_s: float = 0.0
+    bytes_read: int = 0
+    faults: tuple[str, ...] = ()
     targets: Mapping[str, bytes] = field(default_factory=dict)
     fields: Mapping[str, str] = field(default_factory=dict)
 
@@ -74,25 +79,38 @@ class Decoder:
         self._pool = pool
         self._threads = threads
 
-    def stream(self, unit: Unit, done: Sequence[Container[int]]) -> Iterator[Decoded | UnitEnd]:
+    def stream(
+        self, unit: Unit, done: Sequence[Container[int]], waits: Waits | None = None
+    ) -> Iterator[Decoded | UnitEnd]:
         """Decode the unit's samples that any model still lacks, in order of position; a UnitEnd comes last.
 
-        done: per model, the positions that need no row. A sample that all of them have is never decoded.
+        done: per model, the positions that need no row. A sample that all of them have is never decoded. waits: of the
+        thread that iterates; where it has to wait, it is noted for what.
         """
+        waits = waits or Waits()
         samples = read_ahead(
-            _timed(read_unit(self.source, unit, _InAll(done))),
+            _timed(self.source, unit, _InAll(done)),
             count=READ_AHEAD_SAMPLES,
             weight=lambda timed: _encoded_bytes(timed[0]) if isinstance(timed[0], Sample) else 0,
             limit=READ_AHEAD_BYTES,
         )
         yield from map_ordered(
             self._pool,
-            lambda timed: self.decode(timed[0], done, timed[1]) if isinstance(timed[0], Sample) else timed[0],
-            samples,
+            lambda timed: self._decode_timed(timed, done),
+            waits.over("read", samples),
             count=2 * self._threads,
             weight=lambda item: item.size_bytes if isinstance(item, Decoded) else 0,
             limit=DECODED_BYTES,
+            waited=partial(waits.add, "decode"),
         )
+
+    def _decode_timed(
+        self, timed: tuple[Sample | UnitEnd, float, tuple[str, ...]], done: Sequence[Container[int]]
+    ) -> Decoded | UnitEnd:
+        item, read_s, faults = timed
+        if isinstance(item, UnitEnd):
+            return replace(item, faults=faults)
+        return replace(self.decode(item, done, read_s), faults=faults, bytes_read=_encoded_bytes(item))
 
     def decode(self, sample: Sample, done: Sequence[Container[int]], read_s: float = 0.0) -> Decoded:
         """Decode and prepare one sample; what goes wrong is recorded with its stage."""
@@ -135,11 +153,16 @@ class Decoder:
         return read_prompts(sample.targets[PROMPTS]) if asked and PROMPTS in sample.targets else None
 
 
-def _timed(items: Iterator[Sample | UnitEnd]) -> Iterator[tuple[Sample | UnitEnd, float]]:
-    """Each item with the seconds that it took to get."""
+def _timed(
+    source: Source, unit: Unit, done: Container[int]
+) -> Iterator[tuple[Sample | UnitEnd, float, tuple[str, ...]]]:
+    """Each item of a unit with the seconds that it took to get, and the storage's faults on the way."""
+    faults: list[str] = []
+    items = read_unit(source, unit, done, on_fault=lambda error: faults.append(str(error)))
     started = time.perf_counter()
     for item in items:
-        yield item, time.perf_counter() - started
+        yield item, time.perf_counter() - started, tuple(faults)
+        faults.clear()
         started = time.perf_counter()
 
 

@@ -5,10 +5,11 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -30,7 +31,8 @@ from pipeline.stages.predict import Predict, choose_device, default_batch_pixels
 from pipeline.stages.prepare import Prepared
 from pipeline.stages.score import Scorer, score_key, unscored
 from pipeline.stages.stream import Members
-from pipeline.stages.work import STAGES, LabelPlan, Window, WorkItem
+from pipeline.stages.waits import Span, Waits, idle_by_cause
+from pipeline.stages.work import FAILED_ROW, RETRY, STAGES, LabelPlan, Note, Window, WorkItem
 from pipeline.table import FILE_SCHEMA, write_file
 
 __all__ = ["Labeller", "thread_count"]
@@ -52,11 +54,19 @@ class _Open:
         self.images = 0
         self.started = time.perf_counter()
         self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+        self.waits: dict[str, float] = {}
+        self.bytes_read = self.batches = self.batch_pixels = self.queued = 0
+        self.notes: list[Note] = []
         self._lock = threading.Lock()
 
     def spent(self, stage: str, seconds: float) -> None:
         with self._lock:
             self.seconds[stage] += seconds
+
+    def paused(self, spans: Sequence[Span], idle_from: float, idle_to: float) -> None:
+        """The accelerator had nothing to run before a batch of this window. Only its thread says so."""
+        for cause, seconds in idle_by_cause(spans, idle_from, idle_to).items():
+            self.waits[cause] = self.waits.get(cause, 0.0) + seconds
 
 
 class Labeller:
@@ -108,70 +118,100 @@ class Labeller:
         """Label one unit, window by window. A window is a fixed range of positions and becomes one file per model, so
         that a repeated call makes the same files; its batches are made of it alone, so that their content does not
         depend on where a run was cut."""
-        yield from self.label_decoded(item, self._decoder.stream(item.unit, item.done))
+        waits = Waits()
+        yield from self.label_decoded(item, self._decoder.stream(item.unit, item.done, waits), waits)
 
-    def label_decoded(self, item: WorkItem, stream: Iterable[Decoded | UnitEnd]) -> Iterator[Window]:
-        """`label` on samples that were decoded elsewhere."""
+    def label_decoded(
+        self, item: WorkItem, stream: Iterable[Decoded | UnitEnd], waits: Waits | None = None
+    ) -> Iterator[Window]:
+        """`label` on samples that were decoded elsewhere. waits: what the stream notes its waits in."""
+        waits = waits or Waits()
+        self.device.begin()
         members = Members(stream)
         closing: Future[Window] | None = None
         for _, window in groupby(members, lambda decoded: decoded.position // self.plan.output.rows_per_file):
-            opened = self._run(item, window)
+            opened = self._run(item, window, waits)
             if closing is not None:
-                yield closing.result()
+                yield from self._closed(closing, waits)
             closing = self._writers.submit(self._close, opened)
         if closing is not None:
-            yield closing.result()
-        yield Window(index=item.index, rows=members.rows)
+            yield from self._closed(closing, waits)
+        faults = tuple(_fault(text) for text in members.faults) if self.plan.notes else ()
+        yield Window(index=item.index, rows=members.rows, notes=faults)
 
-    def _run(self, item: WorkItem, window: Iterator[Decoded]) -> _Open:
+    def _closed(self, closing: Future[Window], waits: Waits) -> Iterator[Window]:
+        started = time.monotonic()
+        window = closing.result()
+        waits.add("write", started)
+        started = time.monotonic()
+        yield window
+        waits.add("dispatch", started)  # until Ray had taken it
+
+    def _run(self, item: WorkItem, window: Iterator[Decoded], waits: Waits) -> _Open:
         """Push one window through the models; returns when its last batch has left the device."""
         opened = _Open(item, len(self.models))
         batchers = [PixelBatcher[_Member](lambda predict=predict: predict.batch_pixels) for predict in self._predict]  # type: ignore[misc]
-        ahead: deque[tuple[Job[None], int, list[_Member]]] = deque()
+        ahead: _Ahead = deque()
         for decoded in window:
             opened.spent("read", decoded.read_s)
             opened.images += 1
+            opened.bytes_read += decoded.bytes_read
             opened.spent("decode", decoded.decode_s)
             opened.spent("prepare", decoded.prepare_s)
+            if self.plan.notes:
+                opened.notes += [_fault(text, decoded) for text in decoded.faults]
             for index in range(len(self.models)):
                 if decoded.position in item.done[index]:
                     continue
                 future: Future[dict[str, Any]] = Future()
                 opened.rows[index].append(future)
                 member = _Member(decoded, future, item.attempts[index].get(decoded.position, 0) + 1, index)
+                if self.plan.notes and member.attempt > 1:
+                    opened.notes.append(self._note(RETRY, member, attempts=member.attempt))
                 if decoded.error is not None:
                     future.set_result(self._failed_row(member, decoded.error, decoded.error_stage))
                     continue
                 batch = batchers[index].add(member)
                 if batch:
-                    self._submit(opened, ahead, index, batch)
-        for index, batcher in enumerate(batchers):
+                    self._submit(opened, ahead, waits, batch)
+        for batcher in batchers:
             for batch in batcher.flush():
-                self._submit(opened, ahead, index, batch)
+                self._submit(opened, ahead, waits, batch)
         while ahead:
-            self._wait(ahead)
+            self._wait(opened, ahead, waits)
         return opened
 
-    def _submit(
-        self, opened: _Open, ahead: deque[tuple[Job[None], int, list["_Member"]]], index: int, batch: list["_Member"]
-    ) -> None:
-        while len(ahead) >= BATCHES_AHEAD:
-            self._wait(ahead)
-        ahead.append((self.device.submit(lambda: self._predict_batch(opened, index, batch)), index, batch))
+    def _note(self, event: str, member: "_Member", **more: Any) -> Note:
+        decoded = member.decoded
+        model = self.models[member.model].label
+        return Note(event=event, image_id=decoded.image_id, position=decoded.position, model=model, **more)
 
-    def _wait(self, ahead: deque[tuple[Job[None], int, list["_Member"]]]) -> None:
-        job, _, batch = ahead.popleft()
+    def _submit(self, opened: _Open, ahead: "_Ahead", waits: Waits, batch: list["_Member"]) -> None:
+        while len(ahead) >= BATCHES_AHEAD:
+            self._wait(opened, ahead, waits)
+        height, width = batch[0].padded
+        opened.batches += 1
+        opened.batch_pixels += len(batch) * height * width
+        opened.queued += sum(not job.started for job, _ in ahead)
+        on_pause = partial(opened.paused, waits.take())
+        ahead.append((self.device.submit(lambda: self._predict_batch(opened, batch), on_pause), batch))
+
+    def _wait(self, opened: _Open, ahead: "_Ahead", waits: Waits) -> None:
+        job, batch = ahead.popleft()
         try:
             self.device.wait(job)
         except PredictTimeoutError as error:
+            opened.spent("predict", self.plan.resources.predict_timeout_s)
             for member in batch:
                 _resolve(member.future, self._failed_row(member, error, "predict"))
+        started = time.monotonic()
         for member in batch:
             member.future.result()  # encoded: what is in flight stays bounded by the batches ahead
+        waits.add("encode", started)
 
-    def _predict_batch(self, opened: _Open, index: int, batch: list["_Member"]) -> None:
+    def _predict_batch(self, opened: _Open, batch: list["_Member"]) -> None:
         started = time.perf_counter()
-        results = self._predict[index]([member.prepared for member in batch])
+        results = self._predict[batch[0].model]([member.prepared for member in batch])
         opened.spent("predict", time.perf_counter() - started)
         for member, result in zip(batch, results, strict=True):
             if isinstance(result, RowError):
@@ -255,12 +295,20 @@ class Labeller:
                 )
             )
             opened.spent("write", time.perf_counter() - started)
+            if self.plan.notes:
+                opened.notes += [_failure(row, model.label) for row in rows if row["status"] == FAILED]
         return Window(
             index=opened.item.index,
             files=tuple(files),
             images=opened.images,
             wall_s=time.perf_counter() - opened.started,
             seconds=dict(opened.seconds),
+            bytes_read=opened.bytes_read,
+            waits=dict(opened.waits),
+            batches=opened.batches,
+            batch_pixels=opened.batch_pixels,
+            queued=opened.queued,
+            notes=tuple(opened.notes),
         )
 
 
@@ -283,6 +331,35 @@ class _Member:
     @property
     def padded(self) -> tuple[int, int]:
         return self.prepared.padded
+
+
+# Batches on their way through the device, oldest first.
+_Ahead = deque[tuple[Job[None], list[_Member]]]
+
+
+def _fault(text: str, decoded: Decoded | None = None) -> Note:
+    """The unit was read again after a fault of the storage. decoded: the sample that came after it."""
+    return Note(
+        event=RETRY,
+        image_id=None if decoded is None else decoded.image_id,
+        position=None if decoded is None else decoded.position,
+        stage="read",
+        error_type="StorageError",
+        message=text[:2000],
+    )
+
+
+def _failure(row: Mapping[str, Any], model: str) -> Note:
+    return Note(
+        event=FAILED_ROW,
+        image_id=row["image_id"],
+        position=row["position"],
+        model=model,
+        stage=row["error_stage"],
+        error_type=row["error_type"],
+        message=row["error_message"],
+        attempts=row["attempts"],
+    )
 
 
 def _resolve(future: Future[dict[str, Any]], row: dict[str, Any]) -> None:

@@ -2,9 +2,10 @@
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
 from typing import Any, Final, Generic, TypeVar
 
 from pipeline.sources.base import UnitEnd
@@ -18,16 +19,17 @@ _END: Final = object()
 
 
 class Members(Generic[Item]):
-    """What a unit's stream gives before its UnitEnd. rows: what that said, None until it came."""
+    """What a unit's stream gives before its UnitEnd. rows, faults: what that said, None and none until it came."""
 
     def __init__(self, stream: Iterable[Item | UnitEnd]) -> None:
         self.rows: int | None = None
+        self.faults: tuple[str, ...] = ()
         self._stream = stream
 
     def __iter__(self) -> Iterator[Item]:
         for item in self._stream:
             if isinstance(item, UnitEnd):
-                self.rows = item.rows
+                self.rows, self.faults = item.rows, item.faults
             else:
                 yield item
 
@@ -109,12 +111,14 @@ def map_ordered(
     count: int,
     weight: Callable[[Result], int],
     limit: int,
+    waited: Callable[[float], None] | None = None,
 ) -> Iterator[Result]:
     """`function` over `items` in a pool, results in the items' order, at most `count` calls ahead.
 
     An exception of a call or of the iterable is raised at its place.
 
-    No new call starts while finished results that wait for their turn weigh `limit` or more.
+    No new call starts while finished results that wait for their turn weigh `limit` or more. waited: called after a
+    result was waited for, with when that began (time.monotonic).
     """
     ahead: deque[Future[Result]] = deque()
     source = iter(items)
@@ -136,7 +140,12 @@ def map_ordered(
                 if failure is not None:
                     raise failure
                 return
-            yield ahead.popleft().result()
+            future = ahead.popleft()
+            if waited is not None and not future.done():
+                started = time.monotonic()
+                wait((future,))
+                waited(started)
+            yield future.result()
     finally:
         for future in ahead:
             future.cancel()

@@ -8,9 +8,10 @@ from pipeline.sources.base import Unit
 from pipeline.stages.score import Scorer
 from pipeline.table import FileRecord
 
-__all__ = ["STAGES", "LabelPlan", "Window", "WorkItem"]
+__all__ = ["FAILED_ROW", "RETRY", "STAGES", "LabelPlan", "Note", "Window", "WorkItem"]
 
 STAGES = ("read", "decode", "prepare", "predict", "encode", "score", "write")
+FAILED_ROW, RETRY = "failed_row", "retry"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,7 @@ class LabelPlan:
     """What every worker of a run is given.
 
     versions: the model_version expected of each model, by label. scorers: how each is scored, None where it is not.
+    notes: whether windows tell what became of single images.
     """
 
     source: SourceConfig
@@ -28,6 +30,7 @@ class LabelPlan:
     scorers: tuple[Scorer | None, ...]
     run_id: str
     seed: int
+    notes: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +47,31 @@ class WorkItem:
     attempts: tuple[Mapping[int, int], ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Note:
+    """What happened to one image (or, without image_id, to its unit), for the log. event: FAILED_ROW or RETRY.
+
+    attempts: tries so far. stage: in which it failed, or is tried again.
+    """
+
+    event: str
+    image_id: str | None = None
+    position: int | None = None
+    model: str | None = None
+    stage: str | None = None
+    error_type: str | None = None
+    message: str | None = None
+    attempts: int | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Window:
     """What one window of a unit came to: its files (all committed together), and the unit's rows once it is finished.
 
-    seconds: thread seconds by stage. wall_s: from its first sample to its files. images: samples in it.
+    seconds: thread seconds by stage. wall_s: from its first sample to its files. images: samples in it, of bytes_read
+    encoded bytes. waits: seconds in which the accelerator paused before this window's batches, by cause (waits.py).
+    batches: how many it made, of batch_pixels padded pixels in all; queued: the sum of those that waited for the
+    accelerator when each was added. worker: which actor, in which process, and whether it took a dead one's place.
     """
 
     index: int
@@ -57,3 +80,10 @@ class Window:
     images: int = 0
     wall_s: float = 0.0
     seconds: Mapping[str, float] = field(default_factory=dict)
+    bytes_read: int = 0
+    waits: Mapping[str, float] = field(default_factory=dict)
+    batches: int = 0
+    batch_pixels: int = 0
+    queued: int = 0
+    notes: tuple[Note, ...] = ()
+    worker: tuple[str, str, bool] | None = None

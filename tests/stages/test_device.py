@@ -109,3 +109,38 @@ def test_others_submit_while_a_job_hangs(hang: threading.Event) -> None:
 def test_the_thread_has_its_number_of_torch_threads() -> None:
     worker = Device(torch_threads=1, timeout_s=10)
     assert worker.wait(worker.submit(torch.get_num_threads)) == 1
+
+
+def test_pauses_are_told_to_the_job_that_ends_them() -> None:
+    worker, pauses = device(), []
+
+    def on_pause(idle_from: float, idle_to: float) -> None:
+        pauses.append(idle_to - idle_from)
+
+    worker.wait(worker.submit(lambda: None, on_pause))
+    assert pauses == []  # nobody had said that there was work to come
+    worker.begin()  # which is no news any more
+    time.sleep(0.05)
+    jobs = [worker.submit(lambda: time.sleep(0.05), on_pause) for _ in range(3)]
+    for job in jobs:
+        worker.wait(job)
+    assert 0.04 < pauses[0] < 5
+    assert len(pauses) == 3  # one job after the other: pauses of no length to speak of
+    assert sum(pauses[1:]) < 1
+    assert worker.busy_s >= 0.15
+
+
+def test_a_job_that_is_given_up_counts_as_work_until_then(hang: threading.Event) -> None:
+    worker, pauses = device(0.1), []
+    worker.begin()
+    hung = worker.submit(lambda: hang.wait(20))
+    with pytest.raises(PredictTimeoutError):
+        worker.wait(hung)
+    busy_s = worker.busy_s
+    assert busy_s >= 0.1
+    worker.wait(worker.submit(lambda: None, lambda start, end: pauses.append(end - start)))
+    assert len(pauses) == 1
+    hang.set()
+    hung.future.result(5)
+    assert worker.busy_s < busy_s + 5
+    assert worker.busy_s - busy_s < 0.1  # what it does afterwards is nobody's work

@@ -1,0 +1,1 @@
+"""What a run says of itself while it goes on: where its time goes, what it costs, what happened."""
