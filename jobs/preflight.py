@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--units", type=_count, default=8, metavar="K", help="units to look at (8), spread over all")
     parser.add_argument("--images", type=_count, default=64, metavar="N", help="images of each unit at most (64)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of units and images (0)")
-    parser.add_argument("--seconds", type=_count, default=90, metavar="S", help="for trials of the models, about (90)")
+    parser.add_argument("--seconds", type=float, default=90.0, metavar="S", help="for trials of the models, about (90)")
     parser.add_argument("--nodes", type=_count, metavar="N", help="project for a cluster of N nodes")
     parser.add_argument("--node-cpus", type=float, metavar="C", help="cores of each (those of this machine)")
     parser.add_argument("--node-gpus", type=float, metavar="G", help="GPUs of each (those of this machine)")

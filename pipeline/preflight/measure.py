@@ -106,6 +106,14 @@ def measure(config: LabelConfig | TrainConfig, units: Sequence[Unit], corpus: Co
     if len(trials) < wanted:
         return Measured(**base)
     pixels = best_budget(trials)
+    # A single image may look best where there was time for nothing else.
+    short = [item.label for item in trials if item.ended == "time" and item.points[-1].budget_pixels < own]
+    if short:
+        pixels = None
+        found.notes.append(
+            f"{', '.join(short)}: time was up before the config's batch budget was tried, so none is proposed; "
+            "--seconds gives more"
+        )
     base |= {"trials": trials, "best_pixels": pixels}
     each_s = sum(min(point.seconds_per_image for point in item.points) for item in trials)
     del models

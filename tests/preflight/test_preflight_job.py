@@ -32,8 +32,8 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> R
     monkeypatch.setattr(preflight, "_measure_here", measure)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
-    def call(*argv: object) -> tuple[int, str, str]:
-        code = preflight.main([*map(str, argv), "--seconds", "1"])
+    def call(*argv: object, seconds: float = 20) -> tuple[int, str, str]:
+        code = preflight.main([*map(str, argv), "--seconds", str(seconds)])
         out, err = capfd.readouterr()
         return code, out, err
 
@@ -48,7 +48,9 @@ def label_yaml(tmp_path: Path) -> Path:
 
 
 def test_a_run_that_is_fine(run: Run, label_yaml: Path, tmp_path: Path) -> None:
-    code, out, err = run(label_yaml, "seed=3", "--units", "2", "--images", "4", "--apply")
+    code, out, err = run(
+        label_yaml, "seed=3", "resources.batch_pixels=6144", "--units", "2", "--images", "4", "--apply"
+    )
     assert code == 0, out
     for text in (
         "source    24 images in 4 units, ",
@@ -77,7 +79,14 @@ def test_a_run_that_is_fine(run: Run, label_yaml: Path, tmp_path: Path) -> None:
 
 def test_json_has_the_same_and_no_credentials(run: Run, label_yaml: Path) -> None:
     secret = "sOmE-sEcReT-vAlUe"
-    code, out, err = run(label_yaml, "--json", f"models.0.storage.secret={secret}", "--units=2", "--images=3")
+    code, out, err = run(
+        label_yaml,
+        "--json",
+        "resources.batch_pixels=6144",
+        f"models.0.storage.secret={secret}",
+        "--units=2",
+        "--images=3",
+    )
     assert code == 0, err
     report = json.loads(out)
     assert report["job"] == "label"
@@ -123,7 +132,7 @@ def test_a_source_that_is_not_there_is_a_problem(run: Run, label_yaml: Path, tmp
 def test_a_cut_shard_is_a_problem(run: Run, label_yaml: Path, tmp_path: Path) -> None:
     source = shards(tmp_path / "shards", [[jpeg()] * 12] * 2)
     (tmp_path / "shards" / "s-001.tar").write_bytes(tar_bytes([("0.jpg", jpeg())] * 12)[:4000])
-    code, out, _ = run(label_yaml, f"source={{format: webdataset, uri: {source.uri}}}", "failure_budget=1")
+    code, out, _ = run(label_yaml, f"source={{format: webdataset, uri: {source.uri}}}", "failure_budget=1", seconds=1)
     assert code == 1
     assert "problem   source: unit s-001.tar ends early" in out
 
@@ -145,6 +154,14 @@ def test_a_train_config_has_its_source_model_and_output_checked(run: Run, tmp_pa
     code, _, err = run(*train, "--apply", tmp_path / "copy.yaml")
     assert code == 2
     assert "expected a label config" in err
+
+
+def test_where_time_is_up_early_the_configs_own_budget_stays(run: Run, label_yaml: Path) -> None:
+    code, out, _ = run(label_yaml, "--units=1", "--images=2", seconds=0.001)
+    assert code == 0, out
+    assert "(ended by time)" in out
+    assert "time was up before the config's batch budget was tried" in out
+    assert "resources.batch_pixels" not in out
 
 
 @pytest.mark.parametrize(
