@@ -634,7 +634,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"replay: --seed {given.seed} --nodes {given.nodes} --round {number}")
             return 1
         print(chaos.tally)
-        print("0 rows lost, 0 doubled, 0 differ, 0 hangs")
+        if chaos.tally.rounds:
+            print("0 rows lost, 0 doubled, 0 differ, 0 hangs")
         alone = given.round is not None
         reached = chaos.tally.kills.total() >= given.kills and chaos.tally.faults.total() >= given.faults
         if not (alone or reached):
