@@ -27,6 +27,7 @@ __all__ = ["IMAGE_SUFFIXES", "Files", "known_captures"]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 KINDS = ("semantic", "panoptic", "segments", "instances", "depth", "prompts")
+SEEN_BY_MODELS = {"prompts"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Files:
             check_template(template, known, f"source.targets.{kind}")
 
     def plan(self, *, images: bool = True) -> Iterator[Unit]:
-        """See Source. Without images, a unit's fingerprint is of its targets too, where their folders can be listed."""
+        """See Source. A unit's fingerprint is of its images and their prompts, without images of all targets too, where
+        their folders can be listed."""
         config = self.config
         ending = (config.images or "").rpartition("}")[2].rpartition(".")[2].lower()
         suffixes = IMAGE_SUFFIXES if not ending else (*IMAGE_SUFFIXES, f".{ending}")
@@ -51,8 +53,8 @@ class Files:
         location = address(fs, root)
         found = self._without_targets(fs, root, _matching(entries, root, config.images))
         marks = [f"{_below(root, entry)} {entry.fingerprint}" for entry in found]
-        if not images:
-            marks = [*map(" ".join, zip(marks, *self._target_marks(fs, root, found), strict=True))]
+        kinds = SEEN_BY_MODELS if images else set(config.targets)
+        marks = [*map(" ".join, zip(marks, *self._target_marks(fs, root, found, kinds), strict=True))]
         left = len(found) if config.limit is None else config.limit
         for number, first in enumerate(range(0, len(found), config.unit_images)):
             if left <= 0:
@@ -82,10 +84,14 @@ class Files:
                         targets.add(wanted.path)
         return [entry for entry in found if entry.path not in targets]
 
-    def _target_marks(self, fs: fsspec.AbstractFileSystem, root: str, images: list[Entry]) -> Iterator[list[str]]:
+    def _target_marks(
+        self, fs: fsspec.AbstractFileSystem, root: str, images: list[Entry], kinds: set[str]
+    ) -> Iterator[list[str]]:
         """By kind of target, the fingerprint of each image's own; empty where there is none to be seen."""
         pattern = path_pattern(self.config.images, "source.images")
-        for template in self._targets(fs, root).values():
+        for kind, template in self._targets(fs, root).items():
+            if kind not in kinds:
+                continue
             listed = template.listing() or {}
             wanted = (template.wanted(path_captures(pattern, _below(root, entry))) for entry in images)
             entries = (listed.get(item.path) if item else None for item in wanted)

@@ -12,13 +12,14 @@ longer extension serves (`0001.color.jpg`). Names are ids only; nothing is ever 
 """
 
 import contextlib
+import time
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.config import WebdatasetSource
-from pipeline.errors import CorruptImageError, ImageTooLargeError, RowError, UnreadableError
-from pipeline.sources.base import Sample, Unit, UnitEnd, read_unit, unreadable
+from pipeline.errors import CorruptImageError, ImageTooLargeError, RowError, StorageError, UnreadableError
+from pipeline.sources.base import READ_ATTEMPTS, RETRY_PAUSE_S, Sample, Unit, UnitEnd, unreadable
 from pipeline.sources.tarstream import Member, TarCutError, TarStream
 from pipeline.storage import address, list_entries, open_fs, relative, storage_errors
 
@@ -50,9 +51,13 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 class _Everything:
-    """All positions."""
+    """All positions. known: how many have been asked for."""
+
+    known = 0
 
     def __contains__(self, position: object) -> bool:
+        if isinstance(position, int):
+            self.known = max(self.known, position + 1)
         return True
 
 
@@ -149,10 +154,16 @@ class Webdataset:
                 return
 
     def _count(self, unit: Unit, most: int) -> int:
-        for item in read_unit(self, replace(unit, stop=most), _Everything()):
-            if isinstance(item, UnitEnd):
-                return item.rows
-        return 0
+        """Rows of a shard, at most `most`. Where storage keeps failing the rest counts as one, as for `read_unit`."""
+        everything = _Everything()
+        for attempt in range(READ_ATTEMPTS):
+            if attempt:
+                time.sleep(RETRY_PAUSE_S * 2 ** (attempt - 1))
+            with contextlib.suppress(StorageError):
+                for item in self.read(replace(unit, stop=most), everything):
+                    if isinstance(item, UnitEnd):
+                        return item.rows
+        return min(most, max(1, everything.known))
 
     def read(self, unit: Unit, done: Container[int], *, images: bool = True) -> Iterator[Sample | UnitEnd]:
         fs, _ = open_fs(self.config.uri, self.config.storage)

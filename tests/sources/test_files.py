@@ -331,3 +331,15 @@ def test_a_file_that_is_the_target_of_another_is_no_image(tmp_path: Path) -> Non
     assert [sample.image_id for sample in found] == ["train/a.png", "val/b.png", "val/c.png", "valannot/lonely.png"]
     # One that is its own target stays: targets alone, with no image at hand.
     assert len(read_all(files(tmp_path, images="{split}/{id}.png", targets={"semantic": "{split}/{id}.png"}))) == 6
+
+
+def test_prompts_are_part_of_the_fingerprint(tmp_path: Path) -> None:
+    """What a model was told changes what it says; what it is held against does not."""
+    write_tree(tmp_path, {f"i/{n}.jpg": b"x" for n in range(4)} | {f"t/{n}.{e}": b"{}" for n in range(4) for e in "pd"})
+    source = files(tmp_path / "i", targets={"prompts": "../t/{stem}.p", "depth": "../t/{stem}.d"}, unit_images=2)
+    before = [unit.fingerprint for unit in source.plan()]
+    (tmp_path / "t/3.d").write_bytes(b"another")
+    assert [unit.fingerprint for unit in source.plan()] == before
+    (tmp_path / "t/3.p").write_bytes(b"another")
+    first, second = (unit.fingerprint for unit in source.plan())
+    assert (first == before[0], second == before[1]) == (True, False)

@@ -411,6 +411,10 @@ def test_a_lasting_fault_is_one_failed_sample() -> None:
     assert [s.image_id for s in samples] == ["a.tar/00", "a.tar/01", "a.tar/!unreadable"]
     assert "after 3 attempts" in str(samples[2].error)
     assert end.rows == 3
+    # A limit has the rows counted, and what cannot be read has as many.
+    assert [unit.rows for unit in webdataset("flaky://root", limit=100).plan()] == [3]
+    FlakyFileSystem.lasting[:] = [0]
+    assert [unit.rows for unit in webdataset("flaky://root", limit=100).plan()] == [1]
 
 
 def test_a_shard_that_shrank_is_a_storage_fault(tmp_path: Path) -> None:
