@@ -122,6 +122,7 @@ def follow(client: JobSubmissionClient, name: str, write: Callable[[str], None])
     while True:
         try:
             status = client.get_job_status(name)
+            rest = client.get_job_logs(name)[shown:] if status in ENDED else ""
             missing_since = None
         except (ConnectionError, OSError) as error:
             missing_since = missing_since or time.monotonic()
@@ -132,7 +133,7 @@ def follow(client: JobSubmissionClient, name: str, write: Callable[[str], None])
         except RuntimeError as error:
             raise ConfigError(f"no job {name!r}: {_line(error)}") from error
         if status in ENDED:
-            write(client.get_job_logs(name)[shown:])
+            write(rest)
             return
         with contextlib.suppress(RuntimeError, ConnectionError, OSError):
             for text in _tail(client, name, shown):
