@@ -42,17 +42,21 @@ def test_a_split_layout_without_room_is_refused(tmp_path: Path, capsys: pytest.C
 
 
 def test_two_workers_learn_what_one_does(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of three workers there is room for two, which begin: each learns from half of every batch."""
+    """Of three workers there is room for two, which begin: each learns from half of every batch.
+
+    The two round otherwise, which statistics of batches carry on for twelve steps; tests/training/test_loop.py holds
+    fewer of them to 1e-5.
+    """
     elastic = ("resources.workers=3", "resources.min_workers=1", "resources.cpus_per_worker=1")
     assert run_train(tmp_path, *elastic) == 0
     assert "from the beginning with 2 of 3 workers" in capsys.readouterr().err
     one, two = weights(trained), weights(tmp_path)
     assert one.keys() == two.keys()
     for name, tensor in one.items():
-        torch.testing.assert_close(tensor, two[name], rtol=1e-5, atol=1e-5, msg=name)
+        torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=1e-3, msg=name)
     for row, alone in zip(history(tmp_path), history(trained), strict=True):
         assert row["images"] == IMAGES
-        assert row["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        assert row["loss"] == pytest.approx(alone["loss"], rel=1e-4)
         assert row["mIoU"] == pytest.approx(alone["mIoU"], abs=1e-3)
 
 
