@@ -8,11 +8,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchvision.transforms.v2 import functional as transforms
 
 from pipeline.config import TtaConfig, WindowConfig
 from pipeline.models.spec import Frame, Preprocess, Task
-from pipeline.stages.prepare import Prepared
+from pipeline.stages.prepare import Prepared, resized
 from pipeline.stages.tiling import blend_bands, plan_windows
 
 __all__ = ["augmented"]
@@ -78,7 +77,7 @@ def _view(item: Prepared, scale: float, mirrored: bool, preprocess: Preprocess) 
     size = tuple(max(1, round(side * scale)) for side in (frame.prepared_height, frame.prepared_width))
     image_CHW = item.image_CHW
     if size != image_CHW.shape[1:]:
-        image_CHW = transforms.resize_image(image_CHW, list(size), antialias=preprocess.antialias)
+        image_CHW = resized(image_CHW, size, antialias=preprocess.antialias)
     return replace(
         item,
         image_CHW=image_CHW.flip(-1) if mirrored else image_CHW,

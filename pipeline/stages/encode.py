@@ -7,7 +7,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch.nn import functional
-from torchvision.models.detection.roi_heads import expand_boxes, expand_masks
 
 from pipeline.masks import MapFormat, encode_depth, encode_label_map, encode_rle, rle_area, rle_bbox
 from pipeline.models.spec import Instances, Prediction
@@ -82,6 +81,9 @@ def _pasted(
     Pasting follows torchvision's `paste_masks_in_image` (mask padded by one pixel, box grown alike, bilinear,
     probability above 0.5), without its float canvas for each mask.
     """
+    # Imported here: it takes seconds, and models without such masks do without.
+    from torchvision.models.detection.roi_heads import expand_boxes, expand_masks
+
     masks, padding = torch.from_numpy(masks_NMM)[:, None], 1
     padded, scale = expand_masks(masks, padding)
     boxes = expand_boxes(torch.from_numpy(boxes_N4), scale).to(torch.int64).tolist()

@@ -1,16 +1,16 @@
 """An image as one model wants it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as transforms
 
 from pipeline.models.spec import Frame, Preprocess, Prompts
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Prepared", "prepare", "resized"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,5 +28,14 @@ def prepare(image_HWC: npt.NDArray[np.uint8], preprocess: Preprocess, prompts: P
     target = preprocess.size(height, width)
     image_CHW = torch.from_numpy(np.require(image_HWC, requirements=["C", "W"])).permute(2, 0, 1)
     if target != (height, width):
-        image_CHW = transforms.resize_image(image_CHW, list(target), antialias=preprocess.antialias)
+        image_CHW = resized(image_CHW, target, antialias=preprocess.antialias)
     return Prepared(image_CHW, Frame(height, width, *target, prompts), preprocess.padded(*target))
+
+
+def resized(image_CHW: Tensor, size: Sequence[int], *, antialias: bool) -> Tensor:
+    """torchvision's bilinear resize of uint8; size: rows and columns."""
+    # Imported here: it takes seconds, and models that take images as they are do without.
+    from torchvision.transforms.v2 import functional as transforms
+
+    values: Tensor = transforms.resize_image(image_CHW, list(size), antialias=antialias)
+    return values

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.errors import ConfigError, UnknownModelError
-from pipeline.models.registry import ALONE, FAMILIES, MODELS, find_model, import_spec
+from pipeline.models.registry import FAMILIES, MODELS, entries, find_model, import_spec
 from pipeline.models.spec import Frame, ModelSpec
 from pipeline.taxonomy import load_taxonomy
 
@@ -120,17 +120,30 @@ NOT_ON_META = {"segformer"}
 
 def test_the_table_is_whole() -> None:
     assert sorted(MODELS) == sorted(TABLE)
-    assert sum(map(len, FAMILIES)) == len(ALONE)  # no name stands there twice
-    assert [name for name in MODELS if name not in ALONE] == ["panoptic_merge"]
+    assert sum(map(len, FAMILIES.values())) == len(MODELS)  # no name stands there twice
+    assert {family: tuple(entries(family)) for family in FAMILIES} == FAMILIES
+    assert all(spec.name == name for name, spec in MODELS.items())
+
+
+def test_a_small_model_needs_no_large_library() -> None:
+    """Nor do the worker's stages: what they import is most of what a worker's start takes."""
+    code = (
+        "import sys, pipeline.stages.label, pipeline.dataflow.label\n"
+        "from pipeline.models.registry import find_model\n"
+        "find_model('unet_small').build(8)\n"
+        "print([name for name in ('torchvision', 'transformers', 'timm', 'scipy', 'skimage') if name in sys.modules])"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout == "[]\n"
 
 
 def test_prompts_reach_every_model_that_can_look_at_them() -> None:
     """A source's prompts are read for models whose spec says so."""
-    for spec in ALONE.values():
+    for spec in MODELS.values():
         options = inspect.signature(spec.build).parameters
         looks = "prompts" in get_args(options["proposals"].annotation) if "proposals" in options else False
         modes = "prompts" in get_args(options["mode"].annotation) if "mode" in options else False
-        assert spec.prompts == (looks or modes or spec.name == "grounded_sam2"), spec.name
+        assert spec.prompts == (looks or modes or spec.name in ("grounded_sam2", "panoptic_merge")), spec.name
 
 
 def test_the_table_needs_no_extra() -> None:

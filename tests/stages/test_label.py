@@ -318,7 +318,7 @@ def test_an_image_that_cannot_be_resized_costs_its_row(
     def refuse(*arguments: Any, **options: Any) -> Tensor:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr("pipeline.stages.prepare.transforms.resize_image", refuse)
+    monkeypatch.setattr("pipeline.stages.prepare.resized", refuse)
     model = {**UNET, "options": {"resize": 32}}
     plan = make_plan(tmp_path, (model,), bad_shard)
     rows = rows_of(plan, [*Labeller(plan).label(make_item(plan))])

@@ -19,10 +19,8 @@ from pipeline.models.zoo.deeplab_vgg import (
 from pipeline.models.zoo.dilated import DilatedVGG, adapt_dilated
 from pipeline.models.zoo.fcn_vgg import adapt_fcn, fcn8s, fcn16s, fcn32s
 from pipeline.models.zoo.multiscale import MultiscaleCNN
-from pipeline.models.zoo.null import Null
 from pipeline.models.zoo.recurrent_cnn import RecurrentCNN
 from pipeline.models.zoo.segnet import SegNet, adapt_vgg
-from pipeline.models.zoo.unet import UNetSmall
 from pipeline.models.zoo.unet_2015 import UNet2015
 
 __all__ = ["SPECS"]
@@ -87,25 +85,6 @@ DEEPLAB_2 = "Chen et al. 2018, arXiv:1606.00915"
 DEEPLAB = "Chen et al. 2017, arXiv:1706.05587"
 
 SPECS = (
-    ModelSpec(
-        name="unet_small",
-        task="semantic",
-        build=UNetSmall,
-        preprocess=Preprocess(pad_multiple=16),
-        taxonomy="scenes",
-        license="Apache-2.0",
-        paper="after Ronneberger et al. 2015, arXiv:1505.04597",
-        weights=("bundled:unet_small_scenes",),
-    ),
-    ModelSpec(
-        name="null_model",
-        task="semantic",
-        build=Null,
-        preprocess=Preprocess(pad_multiple=1),
-        taxonomy="scenes",
-        license="Apache-2.0",
-        paper="none: says the first class everywhere, for measuring everything but the model",
-    ),
     _torchvision_semantic("fcn_resnet50", "FCN_ResNet50", FCN),
     _torchvision_semantic("fcn_resnet101", "FCN_ResNet101", FCN),
     _torchvision_semantic("deeplabv3_resnet50", "DeepLabV3_ResNet50", DEEPLAB),
