@@ -38,12 +38,12 @@ def resolve_models(config: LabelConfig, pool: Pool) -> list[dict[str, Any]]:
 
     Raises what `load_model` and `Predict.check` raise.
     """
-    task = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_retries=2, runtime_env=ENVIRONMENT)(_describe_models)
+    task = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_retries=2, runtime_env=ENVIRONMENT)(describe_models)
     with ray_errors():
         return list(ray.get(task.remote(config)))
 
 
-def _describe_models(config: LabelConfig) -> list[dict[str, Any]]:
+def describe_models(config: LabelConfig) -> list[dict[str, Any]]:
     descriptions = []
     for model_config in config.models:
         model = load_model(model_config, seed=config.seed, tile_pixels=config.resources.tile_pixels)

@@ -38,8 +38,8 @@ import psutil  # noqa: E402
 from deltalake import DeltaTable  # noqa: E402
 from deltalake.exceptions import DeltaError  # noqa: E402
 from fault_proxy import Fault, FaultProxy  # noqa: E402
+from job_helpers import jpeg, tar_bytes  # noqa: E402
 from local_cluster import LocalCluster, LocalNode, outside_environment  # noqa: E402
-from ray_helpers import jpeg, tar_bytes  # noqa: E402
 from s3_endpoint import S3, serve  # noqa: E402
 
 BUCKET = "chaos"

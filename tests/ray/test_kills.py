@@ -6,7 +6,7 @@ from pathlib import Path
 
 import kills
 import pytest
-from ray_helpers import rows_of, run_json
+from job_helpers import rows_of, run_json
 
 COUNT = 60
 

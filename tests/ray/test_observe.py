@@ -8,7 +8,7 @@ from urllib.request import ProxyHandler, build_opener
 
 import pytest
 import ray
-from ray_helpers import jpeg, run_json, run_label, tar_bytes
+from job_helpers import jpeg, run_json, run_label, tar_bytes
 
 from jobs import status
 from pipeline.observe.metrics import METRICS

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from ray_helpers import rows_of, run_label
+from job_helpers import rows_of, run_label
 from train_helpers import EPOCHS, IMAGES, LEARNING, SCENES, assert_equal, history, run_train, weights
 
 START_S = 150.0

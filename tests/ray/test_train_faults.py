@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from fault_proxy import Fault, FaultProxy
-from ray_helpers import jpeg, png, tar_bytes
+from job_helpers import jpeg, png, tar_bytes
 from s3_endpoint import S3
 from safetensors.torch import load
 from torch import Tensor

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from border_helpers import weight_formula
+from job_helpers import jpeg, png, tar_bytes
 from PIL import Image
-from ray_helpers import jpeg, png, tar_bytes
 from torch import Tensor
 from training_helpers import CPU, config, run_loop, run_workers, train_and_stop
 

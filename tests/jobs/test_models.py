@@ -1,9 +1,9 @@
-"""Models of every task in one run on Ray. tests/models/test_every_model.py has them all, as a worker has them."""
+"""Models of every task in one run. tests/models/test_every_model.py has them all, as a worker has them."""
 
 import json
 from pathlib import Path
 
-from ray_helpers import rows_of, run_label
+from job_helpers import rows_of, run_label
 from tiny_models import TINY
 
 from pipeline.models.registry import MODELS

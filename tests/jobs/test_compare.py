@@ -1,4 +1,4 @@
-"""`maskmill compare` without targets: one model held against the other on Ray, once, and what comes of it."""
+"""`maskmill compare` without targets: one model held against the other, once, and what comes of it."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import page_helpers
 import pyarrow.parquet as pq
 import pytest
 from compare_helpers import write_predictions
-from ray_helpers import rows_of, run_label
+from job_helpers import rows_of, run_label
 
 from jobs import compare
 from pipeline.dataflow import cluster

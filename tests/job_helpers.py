@@ -1,4 +1,4 @@
-"""What the tests on Ray share: running a job in this process, reading its table, and bytes that go wrong."""
+"""What the tests of jobs share: running a job in this process, reading its table, and bytes that go wrong."""
 
 import io
 import json
