@@ -288,3 +288,56 @@ def test_camvid(tmp_path: Path, shared_data: Path) -> None:
         ("val", "val"),
     }
     assert {label_map(row).shape for row in rows} == {(360, 480)}
+
+
+def test_a_model_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "my_model.py").write_text(
+        "from pipeline.models.zoo.null import Null\n"
+        "from pipeline.models.spec import ModelSpec, Preprocess\n"
+        "SPEC = ModelSpec(name='mine', task='semantic', build=Null, preprocess=Preprocess(pad_multiple=4),\n"
+        "                 taxonomy='scenes', license='none')\n"
+    )
+    monkeypatch.syspath_prepend(str(package))
+    arguments = (*SCENES, "source.count=3", "models.0.spec=my_model:SPEC", f"output.uri={tmp_path / 'labels'}")
+    assert run_label(*arguments) == 0
+    assert {row["model"] for row in rows_of(tmp_path / "labels")} == {"mine"}
+
+
+def test_s3_from_shards_to_table(tmp_path: Path, s3) -> None:
+    bucket = s3.bucket("label-e2e")
+    # 8 MB of shard, so that it takes several ranged reads.
+    members = {}
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        members[f"{index}.png"] = png(rng.integers(0, 255, (480, 480, 3), dtype=np.uint8))
+    s3.client.put_object(Bucket=bucket, Key="shards/a.tar", Body=tar_bytes(members))
+    storage = json.dumps(s3.options)
+    arguments = (
+        "source.format=webdataset",
+        f"source.uri=s3://{bucket}/shards/*.tar",
+        f"source.storage={storage}",
+        *NULL,
+        f"output.uri=s3://{bucket}/labels",
+        f"output.storage={storage}",
+    )
+    before = len(s3.requests())
+    assert run_label(*arguments) == 0
+    reads = [line for line in s3.requests()[before:] if f"GET /{bucket}/shards/a.tar" in line]
+    assert len(reads) > 1
+    assert all(" 206 " in line for line in reads)
+    before = len(s3.requests())
+    assert run_label(*arguments) == 0
+    assert not [line for line in s3.requests()[before:] if f"GET /{bucket}/shards/a.tar" in line]
+    options = {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_ENDPOINT_URL": s3.options["endpoint_url"],
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_REGION": "us-east-1",
+    }
+    rows = rows_of(f"s3://{bucket}/labels", storage_options=options)
+    assert [row["status"] for row in rows] == ["ok"] * 12
+    assert run_label(*arguments, "source.uri=s3://no-such-bucket/shards/*.tar") == 4
+    assert run_label(*arguments, "output.uri=s3://no-such-bucket/labels") == 4

@@ -18,7 +18,7 @@ from pipeline.config import ModelConfig
 from pipeline.config_train import TrainConfig
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models.load import LoadedModel, load_model
-from pipeline.models.registry import MODELS
+from pipeline.models.registry import MODELS, entries
 from pipeline.models.spec import Frame
 from pipeline.models.zoo.hf_depth import adapt_dpt, build_dpt, build_dpt_hybrid, dpt_depth
 from pipeline.training.setup import start_model
@@ -266,7 +266,7 @@ def test_a_default_written_out_is_no_other_model(monkeypatch: pytest.MonkeyPatch
     """Lists are tuples where they are defaults."""
     defaults = {name: tuple(value) if isinstance(value, list) else value for name, value in OPTIONS.items()}
     spec = replace(MODELS["dpt_depth"], build=partial(build_dpt, **defaults))
-    monkeypatch.setitem(MODELS, "dpt_depth", spec)
+    monkeypatch.setitem(entries("depth"), "dpt_depth", spec)
     bare = load_model(ModelConfig(name="dpt_depth"), seed=0, tile_pixels=1 << 20)
     assert bare.version == load().version
 

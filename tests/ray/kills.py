@@ -37,12 +37,9 @@ class Report:
     node_deaths: int = 0
 
 
-def command(output: Path, count: int, rows_per_file: int) -> list[str]:
-    """One labelling run, small windows so that there is always something half done."""
+def arguments(output: Path, count: int, rows_per_file: int) -> list[str]:
+    """Of one labelling run, with small windows so that there is always something half done."""
     return [
-        sys.executable,
-        "-m",
-        "jobs.label",
         "source.format=scenes",
         f"source.count={count}",
         "source.unit_images=20",
@@ -55,6 +52,11 @@ def command(output: Path, count: int, rows_per_file: int) -> list[str]:
         "resources.torch_threads=1",
         "resources.decode_threads=2",
     ]
+
+
+def command(output: Path, count: int, rows_per_file: int) -> list[str]:
+    """The run as a process."""
+    return [sys.executable, "-m", "jobs.label", *arguments(output, count, rows_per_file)]
 
 
 def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
@@ -120,13 +122,13 @@ def kill_session(
     """Run to the end through `kills` kills; raises AssertionError where a run fails by itself."""
     rng = random.Random(seed)
     report = Report()
-    arguments = command(output, count, rows_per_file)
+    line = command(output, count, rows_per_file)
     deadline = time.monotonic() + RUN_TIMEOUT_S * (1 + kills / 4)
     process: subprocess.Popen[bytes] | None = None
     while True:
         assert time.monotonic() < deadline, f"hangs after {report}"
         if process is None:
-            process = start(arguments, log)
+            process = start(line, log)
             report.starts += 1
             began = time.monotonic()
             before = rows_now(output)
@@ -188,22 +190,22 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=400, help="scenes")
     parser.add_argument("--rows-per-file", type=int, default=8)
-    arguments = parser.parse_args()
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="maskmill-kills-") as folder:
         base = Path(folder)
-        clean = start(command(base / "clean", arguments.count, arguments.rows_per_file), base / "clean.log")
+        clean = start(command(base / "clean", given.count, given.rows_per_file), base / "clean.log")
         assert clean.wait(timeout=RUN_TIMEOUT_S) == 0, (base / "clean.log").read_text()
         expected = table_digest(base / "clean")
         report = kill_session(
             base / "killed",
-            kills=arguments.kills,
-            seed=arguments.seed,
-            count=arguments.count,
-            rows_per_file=arguments.rows_per_file,
+            kills=given.kills,
+            seed=given.seed,
+            count=given.count,
+            rows_per_file=given.rows_per_file,
             log=base / "killed.log",
         )
         got = table_digest(base / "killed")
-        assert len(expected) == 2 * arguments.count
+        assert len(expected) == 2 * given.count
         assert got == expected, f"{sum(got.get(k) != v for k, v in expected.items())} rows differ"
         lost = f", {report.node_deaths} nodes lost to the machine's load" if report.node_deaths else ""
         print(f"{report.kills} in {report.starts} starts{lost}: {len(got)} rows, each once, bit-equal to the clean run")

@@ -6,15 +6,14 @@ from pathlib import Path
 
 import kills
 import pytest
-from job_helpers import rows_of, run_json
+from job_helpers import rows_of, run_json, run_label
 
 COUNT = 60
 
 
 @pytest.mark.timeout(600)
 def test_killed_and_resumed_is_bit_equal_to_a_clean_run(tmp_path: Path) -> None:
-    clean = kills.start(kills.command(tmp_path / "clean", COUNT, 4), tmp_path / "clean.log")
-    assert clean.wait(timeout=300) == 0, (tmp_path / "clean.log").read_text()
+    assert run_label(*kills.arguments(tmp_path / "clean", COUNT, 4)) == 0
     report = kills.kill_session(
         tmp_path / "killed",
         kills=3,
@@ -29,9 +28,9 @@ def test_killed_and_resumed_is_bit_equal_to_a_clean_run(tmp_path: Path) -> None:
     assert kills.table_digest(tmp_path / "killed") == expected
 
 
-def test_sigterm_commits_and_exits_130(tmp_path: Path) -> None:
+def test_sigterm_commits_and_exits_130(tmp_path: Path, cluster: str) -> None:
     output = tmp_path / "labels"
-    process = kills.start(kills.command(output, 400, 4), tmp_path / "log")
+    process = kills.start([*kills.command(output, 400, 4), f"ray_address={cluster}"], tmp_path / "log")
     deadline = time.monotonic() + 120
     while not kills.rows_now(output) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -1,14 +1,11 @@
 """`maskmill label` on a real local Ray: what ends up in the table, and what does not."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from deltalake import DeltaTable
-from job_helpers import png, rows_of, run_json, run_label, tar_bytes
+from job_helpers import rows_of, run_json, run_label
 
 from pipeline.masks import decode_label_map
 from pipeline.sources.scenes import render_scene
@@ -16,6 +13,7 @@ from pipeline.sources.scenes import render_scene
 SCENES = ("source.format=scenes", "source.unit_images=16")
 UNET = ("models.0.name=unet_small", "models.0.weights=bundled:unet_small_scenes")
 NULL = ("models.0.name=null_model",)
+TWO = ("source.count=40", *UNET, "models.1.name=null_model", "output.rows_per_file=8")
 
 
 def label_map(row: dict) -> np.ndarray:
@@ -24,10 +22,17 @@ def label_map(row: dict) -> np.ndarray:
     )
 
 
-def test_scenes_are_labelled_well(tmp_path: Path) -> None:
-    assert run_label(*SCENES, "source.count=24", *UNET, f"output.uri={tmp_path}") == 0
-    rows = rows_of(tmp_path)
-    assert [row["position"] for row in rows] == [*range(16), *range(8)]
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 scenes with two models, in one pass."""
+    folder = tmp_path_factory.mktemp("fused")
+    assert run_label(*SCENES, *TWO, f"output.uri={folder}") == 0
+    return folder
+
+
+def test_scenes_are_labelled_well(fused: Path) -> None:
+    rows = [row for row in rows_of(fused) if row["model"] == "unet_small"]
+    assert [row["position"] for row in rows] == [*range(16), *range(16), *range(8)]
     assert {row["status"] for row in rows} == {"ok"}
     confusion = np.zeros((8, 8), np.int64)
     for index, row in enumerate(rows):
@@ -38,6 +43,12 @@ def test_scenes_are_labelled_well(tmp_path: Path) -> None:
     iou_K = np.diag(confusion) / (confusion.sum(0) + confusion.sum(1) - np.diag(confusion))
     assert np.nanmean(iou_K) > 0.75
     assert all(0.5 < row["quality"]["mean_max_probability"] <= 1 for row in rows)
+
+
+def test_split_layout_gives_the_same_rows(fused: Path, tmp_path: Path) -> None:
+    assert run_label(*SCENES, *TWO, f"output.uri={tmp_path}", "resources.layout=split") == 0
+    columns = ["image_id", "shard_id", "position", "model", "model_version", "status", "semantic", "quality"]
+    assert rows_of(tmp_path, columns) == rows_of(fused, columns)
 
 
 def test_what_no_node_can_hold_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,67 +72,3 @@ def test_resume_after_half_and_with_nothing_left(tmp_path: Path, capsys: pytest.
     assert "nothing was left to label" in capsys.readouterr().err
     assert DeltaTable(str(tmp_path)).version() == version + 1  # the fence alone
     assert {row["image_id"]: row for row in rows_of(tmp_path)} == second
-
-
-def test_split_layout_gives_the_same_rows(tmp_path: Path) -> None:
-    common = (*SCENES, "source.count=40", *UNET, "models.1.name=null_model", "output.rows_per_file=8")
-    assert run_label(*common, f"output.uri={tmp_path / 'fused'}") == 0
-    assert run_label(*common, f"output.uri={tmp_path / 'split'}", "resources.layout=split") == 0
-    columns = ["image_id", "shard_id", "position", "model", "model_version", "status", "semantic", "quality"]
-    assert rows_of(tmp_path / "split", columns) == rows_of(tmp_path / "fused", columns)
-
-
-def test_a_model_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "package"
-    package.mkdir()
-    (package / "my_model.py").write_text(
-        "from pipeline.models.zoo.null import Null\n"
-        "from pipeline.models.spec import ModelSpec, Preprocess\n"
-        "SPEC = ModelSpec(name='mine', task='semantic', build=Null, preprocess=Preprocess(pad_multiple=4),\n"
-        "                 taxonomy='scenes', license='none')\n"
-    )
-    monkeypatch.syspath_prepend(str(package))
-    monkeypatch.setenv("PYTHONPATH", str(package))
-    arguments = (*SCENES, "source.count=3", "models.0.spec=my_model:SPEC", f"output.uri={tmp_path / 'labels'}")
-    command = [sys.executable, "-m", "jobs.label", *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    assert {row["model"] for row in rows_of(tmp_path / "labels")} == {"mine"}
-
-
-def test_s3_from_shards_to_table(tmp_path: Path, s3) -> None:
-    bucket = s3.bucket("label-e2e")
-    # 8 MB of shard, so that it takes several ranged reads.
-    members = {}
-    rng = np.random.default_rng(0)
-    for index in range(12):
-        members[f"{index}.png"] = png(rng.integers(0, 255, (480, 480, 3), dtype=np.uint8))
-    s3.client.put_object(Bucket=bucket, Key="shards/a.tar", Body=tar_bytes(members))
-    storage = json.dumps(s3.options)
-    arguments = (
-        "source.format=webdataset",
-        f"source.uri=s3://{bucket}/shards/*.tar",
-        f"source.storage={storage}",
-        *NULL,
-        f"output.uri=s3://{bucket}/labels",
-        f"output.storage={storage}",
-    )
-    before = len(s3.requests())
-    assert run_label(*arguments) == 0
-    reads = [line for line in s3.requests()[before:] if f"GET /{bucket}/shards/a.tar" in line]
-    assert len(reads) > 1
-    assert all(" 206 " in line for line in reads)
-    before = len(s3.requests())
-    assert run_label(*arguments) == 0
-    assert not [line for line in s3.requests()[before:] if f"GET /{bucket}/shards/a.tar" in line]
-    options = {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_ENDPOINT_URL": s3.options["endpoint_url"],
-        "AWS_ALLOW_HTTP": "true",
-        "AWS_REGION": "us-east-1",
-    }
-    rows = rows_of(f"s3://{bucket}/labels", storage_options=options)
-    assert [row["status"] for row in rows] == ["ok"] * 12
-    assert run_label(*arguments, "source.uri=s3://no-such-bucket/shards/*.tar") == 4
-    assert run_label(*arguments, "output.uri=s3://no-such-bucket/labels") == 4

@@ -266,7 +266,7 @@ def test_swapping_negates(runs: tuple[Rows, Rows], found: tuple[dict[str, Any], 
     assert [back["counts"][name] for name in ("common", "only_a", "only_b", "neither", "a", "b")] == swapped
 
 
-@settings(deadline=None, max_examples=4)
+@settings(deadline=None, max_examples=2)
 @given(st.integers(0, 2**16), st.lists(st.integers(0, 25), max_size=5), st.randoms(use_true_random=False))
 def test_any_order_and_files_give_the_same_bytes(
     tmp_path_factory: pytest.TempPathFactory, seed: int, cuts: list[int], shuffle: random.Random

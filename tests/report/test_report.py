@@ -53,7 +53,7 @@ def report_of(folder: Path, rows: list[dict[str, Any]], options: ReportOptions =
     return json.loads(report_bytes(folder, rows, options, **table))
 
 
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=3)
 @given(
     st.integers(0, 2**16),
     st.lists(st.integers(0, 30), max_size=6),
