@@ -23,18 +23,20 @@ quickstart: install
 	$(BIN)/maskmill status $(OUT)/labels
 	$(BIN)/maskmill report $(OUT)/labels
 
-# Three processes of tests share the cores (docs/decisions/0006), and Ray's workers would otherwise give way to them.
+# Four processes of tests share the cores (docs/decisions/0006), and Ray's workers would otherwise give way to them.
 test: export GOMP_SPINCOUNT ?= 3000
 test: export RAY_worker_niceness ?= 0
-# Ray's tests wait half of the time, so others run beside them; what these two print comes at the end.
+# Ray's tests wait half of the time, so others run beside them; what those behind the first print comes at the end.
+TRAIN := tests/ray/test_train.py tests/ray/test_train_faults.py
 APART := tests/models tests/report tests/training
 test: install
 	@mkdir -p out
-	@$(BIN)/python -m pytest tests/ray > out/test-ray.log 2>&1 & ray=$$!; \
+	@$(BIN)/python -m pytest $(TRAIN) > out/test-train.log 2>&1 & train=$$!; \
+	$(BIN)/python -m pytest tests/ray $(addprefix --ignore=,$(TRAIN)) > out/test-ray.log 2>&1 & ray=$$!; \
 	$(BIN)/python -m pytest $(APART) > out/test-apart.log 2>&1 & apart=$$!; \
 	$(BIN)/python -m pytest $(addprefix --ignore=,tests/ray $(APART)); others=$$?; \
-	wait $$ray; ray=$$?; wait $$apart; apart=$$?; cat out/test-ray.log out/test-apart.log; \
-	exit $$((ray + apart + others))
+	wait $$train; train=$$?; wait $$ray; ray=$$?; wait $$apart; apart=$$?; \
+	cat out/test-apart.log out/test-ray.log out/test-train.log; exit $$((train + ray + apart + others))
 
 lint: install
 	$(BIN)/ruff check .

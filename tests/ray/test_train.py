@@ -60,12 +60,6 @@ def test_two_workers_learn_what_one_does(trained: Path, tmp_path: Path, capsys: 
         assert row["mIoU"] == pytest.approx(alone["mIoU"], abs=1e-3)
 
 
-def test_a_run_that_has_ended_has_nothing_to_do(trained: Path) -> None:
-    before = weights(trained)
-    assert run_train(trained) == 0
-    assert_equal(weights(trained), before)
-
-
 def wait_for_checkpoints(output: Path, count: int, going_on: threading.Event) -> None:
     deadline = time.monotonic() + START_S
     while len(list(output.glob("**/model.safetensors"))) < count:

@@ -201,6 +201,14 @@ def test_instances_are_learned_and_validated(tmp_path: Path) -> None:
     assert_equal(state(resumed), state(whole))
 
 
+def test_a_run_that_has_ended_has_nothing_to_do(tmp_path: Path) -> None:
+    whole, _ = run_loop(config(tmp_path))
+    again, events = run_loop(config(tmp_path))
+    assert not of_kind(events, StepDone)
+    assert not of_kind(events, EpochDone)
+    assert_equal(state(again), state(whole))
+
+
 def test_any_number_of_workers_trains_the_same(tmp_path: Path) -> None:
     """22 images in batches of 6, the last of 4; synchronised batch normalisation, averaged weights, SGD. Two workers
     stop in the second epoch, and three go on."""
