@@ -83,12 +83,23 @@ ROWS: tuple[tuple[str, tuple[tuple[str, str, str, dict[str, str]], ...]], ...] =
                 "Pixels in a batch",
                 "short",
                 "Padding included. It falls when batches are cut, or halved for memory.",
+                {"mean": "avg(ray_maskmill_batch_pixels)"},
+            ),
+        ),
+    ),
+    (
+        "Training",
+        (
+            (
+                "Images learned from per second",
+                "cps",
+                "Over all workers; the gauge is what the run itself says of the last minute.",
                 {
-                    "median": f"histogram_quantile(0.5, sum by (le) (rate(ray_maskmill_batch_pixels_bucket{RATE})))",
-                    "mean": f"sum(rate(ray_maskmill_batch_pixels_sum{RATE}))"
-                    f" / sum(rate(ray_maskmill_batch_pixels_count{RATE}))",
+                    "images": f"sum(rate(ray_maskmill_train_images_total{RATE}))",
+                    "last minute": "max(ray_maskmill_train_images_per_second)",
                 },
             ),
+            ("Loss", "short", "Of the last step.", {"loss": "max(ray_maskmill_train_loss)"}),
         ),
     ),
     (

@@ -12,23 +12,13 @@ import pytest
 import ray.dashboard.modules.metrics.dashboards as ray_dashboards
 import yaml
 
+from pipeline.observe.metrics import METRICS
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 OBSERVABILITY = REPOSITORY / "infra" / "observability"
 
 # What maskmill emits, with the labels of each; Ray puts ray_ before a name.
-OURS = {
-    "maskmill_images_total": {"model", "status"},
-    "maskmill_bytes_read_total": set(),
-    "maskmill_rows_committed_total": set(),
-    "maskmill_stage_seconds_total": {"stage"},
-    "maskmill_batch_pixels_bucket": {"le"},
-    "maskmill_batch_pixels_sum": set(),
-    "maskmill_batch_pixels_count": set(),
-    "maskmill_accelerator_busy_share": set(),
-    "maskmill_commit_lag_seconds": set(),
-    "maskmill_queue_items": {"queue"},
-    "maskmill_cost": set(),
-}
+OURS = {name: set(metric.tags) for name, metric in METRICS.items()}
 
 
 def rays_own() -> set[str]:

@@ -13,6 +13,7 @@ from jobs import evaluate, label
 from pipeline.config import LabelConfig
 from pipeline.dataflow import cluster
 from pipeline.dataflow.label import describe_models
+from pipeline.observe.metrics import NoMetrics
 from pipeline.run import row_to_work
 from pipeline.sources.base import Unit
 from pipeline.stages.evaluate import EvaluatePlan, Evaluator
@@ -39,14 +40,6 @@ def map_units(plan: pa.Table, function: Callable[[Unit, int], int]) -> Iterator[
 
 def resolve_models(config: LabelConfig, *_: Any) -> list[dict[str, Any]]:
     return describe_models(config)
-
-
-class NoMetrics:
-    def add(self, name: str, value: float, **tags: str) -> None:
-        pass
-
-    def set(self, name: str, value: float, **tags: str) -> None:
-        pass
 
 
 @pytest.fixture(scope="module", autouse=True)
