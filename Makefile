@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT := out/quickstart
 
-.PHONY: install quickstart test lint bench clean
+.PHONY: install quickstart test test-long lint bench clean
 
 install: $(VENV)/.installed
 
@@ -23,20 +23,22 @@ quickstart: install
 	$(BIN)/maskmill status $(OUT)/labels
 	$(BIN)/maskmill report $(OUT)/labels
 
-# Four processes of tests share the cores (docs/decisions/0006), and Ray's workers would otherwise give way to them.
-test: export GOMP_SPINCOUNT ?= 3000
-test: export RAY_worker_niceness ?= 0
+# Three processes of tests share the cores (docs/decisions/0006), and Ray's workers would otherwise give way to them.
+test test-long: export GOMP_SPINCOUNT ?= 3000
+test test-long: export RAY_worker_niceness ?= 0
 # Ray's tests wait half of the time, so others run beside them; what those behind the first print comes at the end.
-TRAIN := tests/ray/test_train.py tests/ray/test_train_faults.py
 APART := tests/models tests/report tests/training
 test: install
 	@mkdir -p out
-	@$(BIN)/python -m pytest $(TRAIN) > out/test-train.log 2>&1 & train=$$!; \
-	$(BIN)/python -m pytest tests/ray $(addprefix --ignore=,$(TRAIN)) > out/test-ray.log 2>&1 & ray=$$!; \
+	@$(BIN)/python -m pytest tests/ray > out/test-ray.log 2>&1 & ray=$$!; \
 	$(BIN)/python -m pytest $(APART) > out/test-apart.log 2>&1 & apart=$$!; \
 	$(BIN)/python -m pytest $(addprefix --ignore=,tests/ray $(APART)); others=$$?; \
-	wait $$train; train=$$?; wait $$ray; ray=$$?; wait $$apart; apart=$$?; \
-	cat out/test-apart.log out/test-ray.log out/test-train.log; exit $$((train + ray + apart + others))
+	wait $$ray; ray=$$?; wait $$apart; apart=$$?; cat out/test-apart.log out/test-ray.log; \
+	exit $$((ray + apart + others))
+
+# Deaths, full disks, failing storage and submitted jobs: each starts several clusters or drivers.
+test-long: install
+	$(BIN)/python -m pytest tests/ray -m long
 
 lint: install
 	$(BIN)/ruff check .

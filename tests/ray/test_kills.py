@@ -11,6 +11,7 @@ from job_helpers import rows_of, run_json, run_label
 COUNT = 60
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_killed_and_resumed_is_bit_equal_to_a_clean_run(tmp_path: Path) -> None:
     assert run_label(*kills.arguments(tmp_path / "clean", COUNT, 4)) == 0

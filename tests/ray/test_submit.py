@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from deltalake import DeltaTable
 
+pytestmark = pytest.mark.long
+
 TOKEN = secrets.token_hex(32)
 REPOSITORY = Path(__file__).resolve().parents[2]
 RAY = Path(sys.executable).with_name("ray")

@@ -151,6 +151,7 @@ cp -r "$out" "$report/first"
 """
 
 
+@pytest.mark.long
 def test_a_full_disk_costs_what_does_not_fit_and_no_more(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,6 +201,7 @@ def stored_weights(uri: str, s3: S3) -> dict[str, Tensor]:
     return load(fsspec.filesystem("s3", **s3.options).cat_file(f"{uri}/checkpoint/model.safetensors"))
 
 
+@pytest.mark.long
 def test_storage_that_fails_for_a_while_and_for_a_whole_checkpoint(
     trained: Path, s3: S3, proxy: FaultProxy, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -234,6 +236,7 @@ def test_storage_that_fails_for_a_while_and_for_a_whole_checkpoint(
     assert [json.loads(line)["loss"] for line in text.splitlines()] == [row["loss"] for row in history(trained)]
 
 
+@pytest.mark.long
 def test_sigterm_keeps_the_very_step(
     trained: Path,
     s3: S3,
@@ -283,6 +286,7 @@ def test_sigterm_while_there_is_no_room_for_the_workers(tmp_path: Path, start: C
     assert json.loads((tmp_path / "out" / "run.json").read_text())["state"] == "interrupted"
 
 
+@pytest.mark.long
 def test_one_worker_that_ends_alone_ends_the_run(tmp_path: Path, start: Callable[..., Command]) -> None:
     """Though the other waits for it, in a sum that nobody else joins."""
     bad = ("model.name=null", "model.spec=fault_models:ENDS_ALONE", "resources.workers=2")
@@ -292,6 +296,7 @@ def test_one_worker_that_ends_alone_ends_the_run(tmp_path: Path, start: Callable
     assert command.words.splitlines()[-1] == "maskmill: error: expected another world, got this one"
 
 
+@pytest.mark.long
 def test_a_model_with_a_bug_is_not_tried_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -306,6 +311,7 @@ def test_a_model_with_a_bug_is_not_tried_for_ever(
     assert json.loads((tmp_path / "run.json").read_text())["state"] == "stopped"
 
 
+@pytest.mark.long
 def test_more_deaths_than_it_survives_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
