@@ -5,13 +5,12 @@ in the log does not exist. Each commit carries the driver's fencing number as an
 driver on the same table makes the first one stop instead of doubling rows.
 """
 
+import bisect
 import contextlib
-import functools
 import io
 import itertools
 import json
 import logging
-import operator
 import re
 import time
 import uuid
@@ -29,7 +28,6 @@ import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Schema, Transaction
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
-from pyarrow.dataset import get_partition_keys
 from pyroaring import BitMap
 
 from pipeline import deltalog
@@ -312,8 +310,7 @@ class RowTable:
 
     def listing(self) -> pa.Table:
         """`files`, and where each begins: first_shard_id, first_position, the smallest of each."""
-        with delta_errors(f"output {self.uri}"):
-            actions = pa.table(self._state().get_add_actions(flatten=True))
+        actions = self._actions()
 
         def column(name: str, kind: pa.DataType) -> pa.Array:
             # A column without statistics in any file is left out by deltalake.
@@ -326,12 +323,9 @@ class RowTable:
             return pc.if_else(pc.equal(low, high), low, pa.scalar(None, pa.string()))
 
         rows = column("num_records", pa.int64())
-        paths = column("path", pa.string())
-        if pc.any(pc.match_substring(paths, "%")).as_py():
-            paths = pa.array(map(unquote, paths.to_pylist()), pa.string())  # the log's paths are URIs
         return pa.table(
             {
-                "path": paths,
+                "path": _paths(actions),
                 "model": column(f"partition.{MODEL}", pa.string()),
                 "model_version": single("model_version"),
                 "shard_id": single("shard_id"),
@@ -342,6 +336,11 @@ class RowTable:
                 "first_position": column("min.position", pa.int32()),
             }
         )
+
+    def _actions(self) -> pa.Table:
+        """What the log says of each file, as deltalake names it."""
+        with delta_errors(f"output {self.uri}"):
+            return pa.table(self._state().get_add_actions(flatten=True))
 
     def shards(self) -> pa.Array:
         """Every shard_id that has rows. Opens only those files whose shard the log does not tell."""
@@ -384,24 +383,39 @@ class RowTable:
 
         where: the value of a column, or the values it may have.
         """
-        where = where or {}
+        values = {
+            name: wanted if isinstance(wanted, pa.Array) else pa.array([wanted])
+            for name, wanted in (where or {}).items()
+        }
         expected = pa.schema([self.schema.field(name) for name in columns])
-        read = pa.schema([self.schema.field(name) for name in dict.fromkeys((*columns, *where))])
+        read = pa.schema([self.schema.field(name) for name in dict.fromkeys((*columns, *values))])
         fs, base = open_fs(self.uri, self.storage)
         with delta_errors(f"output {self.uri}"):
-            for fragment in self._state().to_pyarrow_dataset().get_fragments(_expression(where)):
-                partition = get_partition_keys(fragment.partition_expression)
-                # Not the dataset's scanner: its threads read through Python, and where they meet its end they crash it.
-                with fs.open(join(base, fragment.path), "rb") as file:
+            # Not a dataset of pyarrow: it costs 40 KB a file, and its threads crash an interpreter that ends.
+            for path, model in self._may_hold(values):
+                with fs.open(join(base, path), "rb") as file:
                     stored = pq.ParquetFile(file, pre_buffer=False)
                     present = [name for name in read.names if name in stored.schema_arrow.names]
                     for batch in stored.iter_batches(SCAN_ROWS, columns=present, use_threads=False):
-                        rows = _as_written(batch, read, partition)
-                        for name, wanted in where.items():
-                            values = wanted if isinstance(wanted, pa.Array) else pa.array([wanted])
-                            rows = rows.filter(pc.is_in(rows.column(name), value_set=values))
+                        rows = _as_written(batch, read, {MODEL: model})
+                        for name, wanted in values.items():
+                            rows = rows.filter(pc.is_in(rows.column(name), value_set=wanted))
                         if len(rows):
                             yield rows.select(expected.names)
+
+    def _may_hold(self, where: Mapping[str, pa.Array]) -> list[tuple[str, str]]:
+        """(path, model) of the files that may hold rows with such values, as far as the log's bounds tell."""
+        actions = self._actions()
+        if not len(actions):
+            return []
+        for name, values in where.items():
+            low, high = (f"partition.{MODEL}",) * 2 if name == MODEL else (f"min.{name}", f"max.{name}")
+            if low in actions.column_names:
+                lows, highs = (actions.column(bound).to_pylist() for bound in (low, high))
+                ordered = sorted(values.to_pylist())
+                may = [_any_between(ordered, *bounds) for bounds in zip(lows, highs, strict=True)]
+                actions = actions.filter(pa.array(may, pa.bool_()))
+        return list(zip(_paths(actions).to_pylist(), actions.column(f"partition.{MODEL}").to_pylist(), strict=True))
 
     def done(self, shard_ids: Sequence[str], versions: Mapping[str, str]) -> dict[tuple[str, str], BitMap]:
         """Committed positions of some units: {(shard_id, model): bitmap}, for the current version of each model."""
@@ -624,12 +638,20 @@ def _as_written(
     return stored.select(schema.names).cast(schema)
 
 
-def _expression(where: Mapping[str, str | pa.Array]) -> pc.Expression | None:
-    parts = [
-        pc.field(name).isin(wanted) if isinstance(wanted, pa.Array) else pc.field(name) == wanted
-        for name, wanted in where.items()
-    ]
-    return functools.reduce(operator.and_, parts) if parts else None
+def _paths(actions: pa.Table) -> pa.ChunkedArray:
+    """Of files, as storage names them: the log's are URIs."""
+    paths = actions.column("path").cast(pa.string())
+    if pc.any(pc.match_substring(paths, "%")).as_py():
+        return pa.chunked_array([pa.array(map(unquote, paths.to_pylist()), pa.string())])
+    return paths
+
+
+def _any_between(ordered: Sequence[Any], low: Any, high: Any) -> bool:
+    """Whether one of some values lies within bounds; what has none may hold any."""
+    if low is None or high is None:
+        return True
+    place = bisect.bisect_left(ordered, low)
+    return place < len(ordered) and bool(ordered[place] <= high)
 
 
 def _addition(file: FileRecord) -> deltalog.Addition:

@@ -137,18 +137,16 @@ class LocalCluster:
                 "--head", f"--port={self._head_port}", f"--ray-client-server-port={client}",
                 "--include-dashboard=false", f"--temp-dir={self.home / f'h{self._started}'}",
             )  # fmt: skip
-            self.nodes.append(head)
-            self._wait_for([head])
+            self._wait_for(head)
             count -= 1
-        others = [self._ray_start(f"--address={self.address}") for _ in range(count)]
-        self.nodes += others
-        self._wait_for(others)
+        # One after the other: raylets of one folder that start at once may choose the same socket.
+        for _ in range(count):
+            self.add()
 
     def add(self) -> LocalNode:
         """One more node."""
         node = self._ray_start(f"--address={self.address}")
-        self.nodes.append(node)
-        self._wait_for([node])
+        self._wait_for(node)
         return node
 
     def stop(self) -> None:
@@ -175,16 +173,16 @@ class LocalCluster:
             process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=self.home, start_new_session=True
             )
-        return LocalNode(name, process, log)
+        self.nodes.append(LocalNode(name, process, log))
+        return self.nodes[-1]
 
-    def _wait_for(self, nodes: list[LocalNode]) -> None:
-        """Raises RuntimeError where a node ends or does not start in time."""
+    def _wait_for(self, node: LocalNode) -> None:
+        """Raises RuntimeError where it ends or does not start in time."""
         deadline = time.monotonic() + START_TIMEOUT_S
-        for node in nodes:
-            while "Ray runtime started" not in node.log.read_text():
-                if node.process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"node {node.name} did not start: {node.log.read_text()[-2000:]}")
-                time.sleep(0.1)
+        while "Ray runtime started" not in node.log.read_text():
+            if node.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"node {node.name} did not start: {node.log.read_text()[-2000:]}")
+            time.sleep(0.1)
 
     def workers(self) -> Iterator[tuple[str, psutil.Process]]:
         """(title, process) of every actor and task worker on the cluster."""
