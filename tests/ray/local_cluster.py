@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -184,8 +183,9 @@ class LocalCluster:
                 raise RuntimeError(f"node {node.name} did not start: {node.log.read_text()[-2000:]}")
             time.sleep(0.1)
 
-    def workers(self) -> Iterator[tuple[str, psutil.Process]]:
+    def workers(self) -> list[tuple[str, psutil.Process]]:
         """(title, process) of every actor and task worker on the cluster."""
+        found = []
         for node in self.nodes:
             for process in node.processes():
                 try:
@@ -193,4 +193,5 @@ class LocalCluster:
                 except psutil.Error:
                     continue
                 if title.startswith("ray::"):
-                    yield title, process
+                    found.append((title, process))
+        return found
