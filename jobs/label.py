@@ -41,7 +41,7 @@ def label(config: LabelConfig) -> int:
     # After connecting: Ray installs handlers of its own.
     with signals_interrupt():
         meter = cost_meter(config.cost)
-        pool = cluster.plan_pool(config.resources)
+        pool = cluster.plan_pool(config.resources, say=reporter.say)
         models = resolve_models(config, pool)
         for model, given in zip(models, config.models, strict=True):
             warning = ""

@@ -50,7 +50,7 @@ def train(config: TrainConfig) -> int:
     cluster.connect(config.ray_address, config.resources.object_store_bytes)
     with signals_interrupt():
         meter = cost_meter(config.cost)
-        pool = cluster.plan_pool(config.resources, fewest=config.resources.min_workers)
+        pool = cluster.plan_pool(config.resources, fewest=config.resources.min_workers, say=reporter.say)
         if config.resources.workers == "auto" and not pool.gpus:
             pool = replace(pool, workers=1)  # its CPUs serve one model better than two
         run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid4().hex[:6]}"

@@ -268,6 +268,9 @@ class WorkerResources(Section):
     cpus_per_worker: float = Field(1.0, ge=0, description="logical CPUs that Ray reserves for one worker")
     memory_per_worker_bytes: int | None = Field(None, ge=1, description="heap that Ray reserves for one worker")
     object_store_bytes: int | None = Field(None, ge=80_000_000, description="local Ray only: size of its object store")
+    node_wait_s: float = Field(
+        0.0, ge=0, description="how long to wait for nodes that an autoscaler brings; 0: what no node holds is refused"
+    )
 
 
 class Resources(WorkerResources):

@@ -7,6 +7,9 @@ from typing import Any
 
 import ray
 from ray import cloudpickle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipeline.dataflow.cluster import ray_errors
 
 __all__ = ["Board"]
 
@@ -36,7 +39,9 @@ class Board:
     """A handle of the board, for whoever is given it. Making one starts the actor."""
 
     def __init__(self) -> None:
-        self._actor = ray.remote(num_cpus=0)(_Store).remote()
+        # On the driver's node, because without the driver nobody needs it, and any other node may go.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._actor = ray.remote(num_cpus=0, scheduling_strategy=here)(_Store).remote()
 
     def push(self, event: Any, *, wait: bool = False) -> None:
         """Say what has happened. wait: until the driver can take it."""
@@ -45,8 +50,9 @@ class Board:
             ray.get(pushed)
 
     def take(self) -> list[Any]:
-        """What has been pushed since, in the order of each who pushed."""
-        return [cloudpickle.loads(event) for event in ray.get(self._actor.take.remote())]
+        """What has been pushed since, in the order of each who pushed. Raises StorageError where the board is lost."""
+        with ray_errors():
+            return [cloudpickle.loads(event) for event in ray.get(self._actor.take.remote())]
 
     def stop(self, *, wait: bool) -> None:
         """Wish that the workers stop. wait: until they can know."""

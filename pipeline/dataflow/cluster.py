@@ -3,12 +3,14 @@
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import ray
+from ray.autoscaler.sdk import request_resources
 from ray.data import DataContext, Dataset, TaskPoolStrategy
 from ray.exceptions import RayError, RayTaskError
 
@@ -31,6 +33,7 @@ __all__ = [
 
 LOCAL_OBJECT_STORE_BYTES = 1_000_000_000
 LOCAL_STARTS = 4
+NODE_POLL_S = 0.5
 # glibc gives large blocks back to the kernel at every free, and threads' own arenas hold nothing above 64 MB, so
 # decoders and CPU models spend half their time in page faults. One arena that keeps what it has: 1.6 times the forward
 # passes of unet_small in a thread, half the CPU of decoding a JPEG (docs/decisions/0003-malloc.md).
@@ -104,35 +107,66 @@ def _stderr_closed() -> Iterator[None]:
         os.close(null)
 
 
-def plan_pool(resources: WorkerResources, *, fewest: int | None = None) -> Pool:
+def plan_pool(
+    resources: WorkerResources, *, fewest: int | None = None, say: Callable[[str], None] = lambda words: None
+) -> Pool:
     """Settle `auto` by what the cluster has, and refuse what no node can hold: Ray would wait for it in silence.
 
-    fewest: workers that must fit now, where the others may come later. Raises ConfigError.
+    fewest: workers that must fit now, where the others may come later. say: is told what is waited for, where
+    `node_wait_s` allows it. Raises ConfigError.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus_in_all = sum(node.get("GPU", 0.0) for node in nodes)
+    gpus_in_all = sum(node.get("GPU", 0.0) for node in _alive())
     gpus = resources.gpus_per_worker
     if gpus == "auto":
         gpus = 1.0 if gpus_in_all else 0.0
-    cpus, memory = resources.cpus_per_worker, resources.memory_per_worker_bytes
-    fitting = [
-        node
-        for node in nodes
-        if node.get("GPU", 0.0) >= gpus and node.get("CPU", 0.0) >= cpus and node.get("memory", 0.0) >= (memory or 0)
-    ]
+    need = {"CPU": resources.cpus_per_worker, "GPU": gpus, "memory": float(resources.memory_per_worker_bytes or 0)}
+    fitting = _holding(need) or _awaited(need, resources, say)
     if not fitting:
-        have = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
-        raise ConfigError(
-            f"no node can hold a worker of {cpus:g} CPU, {gpus:g} GPU"
-            f"{f', {memory} bytes' if memory else ''} (resources); the cluster has: {have}"
-        )
+        have = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in _alive())
+        waited = f" after {resources.node_wait_s:g} s" if resources.node_wait_s else ""
+        raise ConfigError(f"no node can hold a worker of {_amounts(need)} (resources){waited}; the cluster has: {have}")
     workers = resources.workers
     if workers == "auto":
         workers = sum(int(node["GPU"] // gpus) for node in fitting) if gpus else len(fitting)
     needed = fewest or workers
-    if gpus and needed > sum(int(node["GPU"] // gpus) for node in fitting):
+    if gpus and not resources.node_wait_s and needed > sum(int(node["GPU"] // gpus) for node in fitting):
         raise ConfigError(f"expected room for {needed} workers of {gpus:g} GPU each, the cluster has {gpus_in_all:g}")
-    return Pool(workers=workers, gpus=gpus, cpus=cpus, memory_bytes=memory)
+    return Pool(workers=workers, gpus=gpus, cpus=need["CPU"], memory_bytes=resources.memory_per_worker_bytes)
+
+
+def _alive() -> list[dict[str, float]]:
+    """What each node has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _holding(need: Mapping[str, float]) -> list[dict[str, float]]:
+    """The nodes that are large enough for one worker."""
+    return [node for node in _alive() if all(node.get(name, 0.0) >= amount for name, amount in need.items())]
+
+
+def _awaited(
+    need: Mapping[str, float], resources: WorkerResources, say: Callable[[str], None]
+) -> list[dict[str, float]]:
+    """The nodes that hold a worker once an autoscaler has brought the first; none where it brings none in time."""
+    deadline = time.monotonic() + resources.node_wait_s
+    if not resources.node_wait_s:
+        return []
+    say(f"waiting up to {resources.node_wait_s:g} s for a node that holds a worker of {_amounts(need)}")
+    workers = 1 if resources.workers == "auto" else resources.workers
+    bundle = {name: amount for name, amount in need.items() if amount}
+    request_resources(bundles=[bundle] * workers)
+    try:
+        while not (found := _holding(need)) and time.monotonic() < deadline:
+            time.sleep(NODE_POLL_S)
+    finally:
+        # From here on the actors themselves are what the autoscaler works for; the wish would outlive the run.
+        request_resources(bundles=[])
+    return found
+
+
+def _amounts(need: Mapping[str, float]) -> str:
+    memory = f", {need['memory']:.0f} bytes" if need["memory"] else ""
+    return f"{need['CPU']:g} CPU, {need['GPU']:g} GPU{memory}"
 
 
 def map_units(plan: pa.Table, function: Callable[[Unit, int], int]) -> Iterator[tuple[int, int]]:

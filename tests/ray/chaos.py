@@ -32,6 +32,7 @@ import psutil  # noqa: E402
 from deltalake import DeltaTable  # noqa: E402
 from disturbed import MODELS, ChaosError, Command, delta_storage, digests, labelling, shards, weather  # noqa: E402
 from fault_proxy import Fault, FaultProxy  # noqa: E402
+from jumping import SHIFT  # noqa: E402
 from local_cluster import LocalCluster, LocalNode, outside_environment  # noqa: E402
 from rounds import TAKEN_OVER, TICK_S, Cluster, LabelRound, Place, Round, TrainRound  # noqa: E402
 from s3_endpoint import serve  # noqa: E402
@@ -39,8 +40,6 @@ from s3_endpoint import serve  # noqa: E402
 BUCKET = "chaos"
 UNITS, UNIT_IMAGES = 30, 6
 REFUSED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
-# Of Debian's package faketime.
-FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 DISK_KB, LARGER_DISK_KB = 1200, 100_000
 
 
@@ -176,22 +175,14 @@ def disk_full(the: LabelRound) -> None:
 
 def clock(the: LabelRound) -> None:
     """The driver's clock jumps by years in the middle, and the next driver's is elsewhere again."""
-    if not FAKETIME.exists():
-        the.place.say("    left out, libfaketime is not there")
-        the.finish()
-        return
     shift = the.place.folder / f"clock-{the.number}"
-    the.variables = {
-        "LD_PRELOAD": str(FAKETIME),
-        "FAKETIME_TIMESTAMP_FILE": str(shift),
-        "FAKETIME_NO_CACHE": "1",
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-    }
-    for days in ("-400d", "+4000d", "-2d"):
-        shift.write_text(f"{the.rng.choice('+-')}{the.rng.randrange(1, 100)}h")
+    the.launcher = [str(REPOSITORY / "tests" / "ray" / "jumping.py"), the.job]
+    the.variables = {SHIFT: str(shift)}
+    for days in (-400, 4000):
+        shift.write_text(str(the.rng.randrange(-100, 100) * 3600))
         command = the.start()
         if the.wait_for_more(command, the.look()):
-            shift.write_text(days)
+            shift.write_text(str(days * 86400))
             the.place.tally.events["clock jump"] += 1
             the.wait_for_more(command, the.look())
         the.kill("driver", command)
@@ -256,7 +247,8 @@ def prepare(
     for name, data in shards(units, UNIT_IMAGES).items():
         s3.client.put_object(Bucket=BUCKET, Key=f"shards/{name}", Body=data)
     source, output = f"s3://{BUCKET}/shards", str(folder / "undisturbed")
-    command = Command.start("label", labelling(source, output, s3.options), folder / "undisturbed.log", alone)
+    arguments = ["-m", "jobs.label", *labelling(source, output, s3.options)]
+    command = Command.start(arguments, folder / "undisturbed.log", alone)
     try:
         code = command.end()
     finally:

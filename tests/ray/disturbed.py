@@ -132,10 +132,10 @@ class Command:
     log: Path
 
     @classmethod
-    def start(cls, job: str, arguments: list[str], log: Path, environment: dict[str, str]) -> "Command":
+    def start(cls, arguments: list[str], log: Path, environment: dict[str, str]) -> "Command":
         with log.open("wb") as sink:
             process = subprocess.Popen(
-                [sys.executable, "-m", f"jobs.{job}", *arguments],
+                [sys.executable, *arguments],
                 cwd=REPOSITORY,
                 stdout=sink,
                 stderr=sink,

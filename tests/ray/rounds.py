@@ -117,8 +117,8 @@ class Place:
 class Round:
     """One job from its first start to its end. What `amount` counts grows while it works.
 
-    rng: of this round alone. reasons: what has happened that may end a run. variables: of the commands' environment,
-    beside the cluster's.
+    rng: of this round alone. reasons: what has happened that may end a run. launcher: what Python runs. variables: of
+    the commands' environment, beside the cluster's.
     """
 
     job: str
@@ -129,6 +129,7 @@ class Round:
         self.rng = random.Random(f"{place.seed}:{number}")
         self.number = number
         self.reasons: set[str] = set()
+        self.launcher = ["-m", f"jobs.{self.job}"]
         self.variables: dict[str, str] = {}
         self.commands: list[Command] = []
         self.stack = ExitStack()
@@ -151,7 +152,7 @@ class Round:
         """The command again, the same."""
         log = self.place.folder / f"round{self.number}-{len(self.commands)}.log"
         environment = {**self.place.cluster.environment, **self.variables}
-        self.commands.append(Command.start(self.job, self.arguments(), log, environment))
+        self.commands.append(Command.start([*self.launcher, *self.arguments()], log, environment))
         self.place.tally.starts += 1
         self.progress()
         return self.commands[-1]
@@ -334,7 +335,9 @@ class TrainRound(Round):
         undisturbed = self.place.folder / "trained"
         if not undisturbed.is_dir():
             log = self.place.folder / "trained.log"
-            command = Command.start(self.job, learning(undisturbed, self.workers), log, self.place.cluster.environment)
+            command = Command.start(
+                [*self.launcher, *learning(undisturbed, self.workers)], log, self.place.cluster.environment
+            )
             self.commands.append(command)
             if command.end():
                 raise ChaosError(f"the undisturbed training failed: {command.words[-3000:]}")
