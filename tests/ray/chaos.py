@@ -319,6 +319,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--faults", type=int, default=1000, help="of storage")
     parser.add_argument("--minutes", type=float, default=25.0, help="no round begins after that")
     parser.add_argument("--nodes", type=int, default=2, help="of the cluster, with its head")
+    parser.add_argument("--round-kills", type=int, default=12, help="kills of one round; some have a part of it")
     parser.add_argument("--round", type=int, help="only this one")
     parser.add_argument("--scenario", choices=(*SCENARIOS, *TRAINING), action="append", help="only rounds of these")
     given = parser.parse_args(argv)
@@ -329,7 +330,14 @@ def main(argv: list[str] | None = None) -> int:
     with ExitStack() as stack:
         try:
             cluster = LocalCluster(nodes=given.nodes)
-            place = prepare(stack, cluster, outside_environment(), seed=given.seed, minutes=given.minutes)
+            place = prepare(
+                stack,
+                cluster,
+                outside_environment(),
+                seed=given.seed,
+                minutes=given.minutes,
+                kills=given.round_kills,
+            )
             stack.enter_context(cluster)
             for number, name in program(given.nodes):
                 if given.round is not None and number > given.round:
@@ -344,7 +352,9 @@ def main(argv: list[str] | None = None) -> int:
             if not isinstance(error, ChaosError):
                 traceback.print_exc()
             print(f"FAILED in round {number}: {error}")
-            print(f"replay: --seed {given.seed} --nodes {given.nodes} --round {number}")
+            print(
+                f"replay: --seed {given.seed} --nodes {given.nodes} --round-kills {given.round_kills} --round {number}"
+            )
             return 1
         print(place.tally)
         if place.tally.rounds:

@@ -6,6 +6,7 @@ with LocalCluster(nodes=2) as cluster:
     cluster.add()
 """
 
+import json
 import os
 import secrets
 import shutil
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +31,7 @@ START_TIMEOUT_S = 180.0
 END_TIMEOUT_S = 30.0
 NODE_MEMORY_BYTES = 4_000_000_000  # each node would count all of the machine's
 OBJECT_STORE_BYTES = 100_000_000
+HEAD = "f" * 51 + "00000"  # the head's node, as Ray's provider of nodes that are processes calls it
 # A busy machine takes longer than the 30 seconds that Ray gives a node.
 PATIENCE = {"RAY_raylet_start_wait_time_s": "150"}
 
@@ -94,23 +97,25 @@ class LocalNode:
 
 
 class LocalCluster:
-    """A context manager. nodes: the head first, where it is of this cluster. home: its folder, short because Unix
-    sockets lie in it.
+    """A context manager. nodes: the head first. home: its folder, short because Unix sockets lie in it.
 
-    environment: of a process that joins it, with the token that its nodes share."""
+    environment: of a process that joins it, with the token that its nodes share. job_server: where jobs are sent to."""
 
-    def __init__(self, *, nodes: int, cpus: int = 2, join: str | None = None) -> None:
-        """join: the address of a cluster of this user that has a head already; the nodes come to it."""
+    def __init__(
+        self, *, nodes: int, cpus: int = 2, job_server: bool = False, grows: dict[str, float] | None = None
+    ) -> None:
+        """grows: what each node has that Ray's autoscaler brings when it is needed, three at most."""
         self._count = nodes
         self._cpus = cpus
         self._started = 0
-        self._join = join
-        (self._head_port,) = free_ports(1)
-        self.address = join or f"127.0.0.1:{self._head_port}"
+        self._grows = grows
+        self._head_port, self._client_port, self._dashboard_port = free_ports(3)
+        self.address = f"127.0.0.1:{self._head_port}"
+        self.job_server = f"http://127.0.0.1:{self._dashboard_port}" if job_server else ""
         self.home = Path(tempfile.mkdtemp(prefix="mm-"))
         self.nodes: list[LocalNode] = []
-        token = {} if join else {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        self._environment = {**outside_environment(), "RAY_AUTH_MODE": "token", **PATIENCE, **token}
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        self._environment = {**outside_environment(), **PATIENCE, **token}
         self.environment = {**self._environment, "RAY_ADDRESS": self.address}
 
     def __enter__(self) -> Self:
@@ -129,18 +134,56 @@ class LocalCluster:
 
     def start(self) -> None:
         """All nodes; after a head that died too."""
-        count = self._count
-        if self._join is None:
-            (client,) = free_ports(1)
-            head = self._ray_start(
-                "--head", f"--port={self._head_port}", f"--ray-client-server-port={client}",
-                "--include-dashboard=false", f"--temp-dir={self.home / f'h{self._started}'}",
-            )  # fmt: skip
-            self._wait_for(head)
-            count -= 1
+        head = self._ray_start(
+            "--head", f"--port={self._head_port}", f"--ray-client-server-port={self._client_port}",
+            f"--include-dashboard={str(bool(self.job_server)).lower()}", f"--dashboard-port={self._dashboard_port}",
+            f"--temp-dir={self.home / f'h{self._started}'}", *self._autoscaling(),
+        )  # fmt: skip
+        self._wait_for(head)
+        self._wait_for_jobs(head)
         # One after the other: raylets of one folder that start at once may choose the same socket.
-        for _ in range(count):
+        for _ in range(self._count - 1):
             self.add()
+
+    def _autoscaling(self) -> list[str]:
+        """Of a head with an autoscaler, whose nodes are processes of this machine too."""
+        if self._grows is None:
+            return []
+        provider = {
+            "type": "fake_multinode",
+            "gcs_address": self.address,
+            "launch_multiple": True,
+            "head_node_id": HEAD,
+        }
+        kinds = {
+            "ray.head.default": {"resources": {"CPU": self._cpus}, "node_config": {}, "max_workers": 0},
+            "more": {"resources": self._grows, "node_config": {}, "min_workers": 0, "max_workers": 3},
+        }
+        file = self.home / "autoscaling.json"
+        file.write_text(
+            json.dumps(
+                {
+                    "cluster_name": "maskmill",
+                    "max_workers": 3,
+                    "idle_timeout_minutes": 0.2,
+                    "upscaling_speed": 1.0,
+                    "provider": provider,
+                    "available_node_types": kinds,
+                    "head_node_type": "ray.head.default",
+                    "auth": {}, "docker": {}, "file_mounts": {}, "cluster_synced_files": [],
+                    "file_mounts_sync_continuously": False, "rsync_exclude": [], "rsync_filter": [],
+                    "initialization_commands": [], "setup_commands": [], "head_setup_commands": [],
+                    "worker_setup_commands": [], "head_start_ray_commands": [], "worker_start_ray_commands": [],
+                }
+            )
+        )  # fmt: skip
+        self._environment |= {
+            "RAY_FAKE_CLUSTER": "1",
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            "RAY_CLOUD_INSTANCE_ID": HEAD,
+            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD,
+        }
+        return [f"--autoscaling-config={file}"]
 
     def add(self) -> LocalNode:
         """One more node."""
@@ -174,6 +217,21 @@ class LocalCluster:
             )
         self.nodes.append(LocalNode(name, process, log))
         return self.nodes[-1]
+
+    def _wait_for_jobs(self, head: LocalNode) -> None:
+        """Until the job server answers, where there is one. Raises RuntimeError."""
+        straight = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        token = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while self.job_server:
+            try:
+                asked = urllib.request.Request(f"{self.job_server}/api/jobs/", headers=token)
+                straight.open(asked, timeout=10).close()
+                return
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"the job server did not answer: {head.log.read_text()[-2000:]}") from error
+                time.sleep(0.5)
 
     def _wait_for(self, node: LocalNode) -> None:
         """Raises RuntimeError where it ends or does not start in time."""
