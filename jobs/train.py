@@ -84,6 +84,7 @@ def train(config: TrainConfig) -> int:
             raise
         _write_run(config, run_id, plan, "done", observed=observer.observed())
         log.write("run_done")
+        reporter.say(observer.stalls().sentence)
         bill = observer.bill()
         if bill is not None:
             reporter.say(bill.sentence())

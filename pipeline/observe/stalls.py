@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["BUSY_SHARE", "METRIC_STAGES", "Stalls", "attribute", "metric_seconds"]
+__all__ = ["ADVICE", "BUSY_SHARE", "METRIC_STAGES", "Stalls", "attribute", "metric_seconds"]
 
 # From this share on nothing but the accelerator itself is worth changing.
 BUSY_SHARE = 0.8

@@ -1,7 +1,7 @@
-"""The observer of one training run on the driver: its events become metrics, log lines and a bill."""
+"""The observer of one training run on the driver: its events become metrics, log lines, a bill, and what limited it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -9,9 +9,40 @@ from pipeline.config_train import TrainConfig
 from pipeline.observe.cost import Bill, CostMeter
 from pipeline.observe.log import EventLog
 from pipeline.observe.metrics import Metrics, NoMetrics
+from pipeline.observe.stalls import ADVICE, BUSY_SHARE, Stalls
 from pipeline.training.events import EpochDone, Event, Saved, SaveFailed, StepDone, Stopped
+from pipeline.training.timing import ACTIVITIES
 
-__all__ = ["TrainObserver"]
+__all__ = ["TrainObserver", "attribute_training"]
+
+# By timing.ACTIVITIES: what a run is bound by, what its steps wait for, and what would make it faster.
+BOUNDS = {
+    "read": (
+        "reader",
+        "its images to be read, decoded and augmented",
+        "more resources.decode_threads, or CPUs of other nodes (resources.layout=split)",
+    ),
+    "validate": ("validation", "validation", "validation.every_epochs, or fewer images to validate on"),
+    "save": ("storage", "checkpoints to be written", "fewer checkpoints (checkpoint.every_steps), or nearer storage"),
+}
+
+
+def attribute_training(seconds: Mapping[str, float]) -> Stalls:
+    """Where the time of a training's workers went. seconds: by timing.ACTIVITIES."""
+    total = sum(seconds.values())
+    if total <= 0:
+        return Stalls(bound="start-up", busy_share=0.0, waits={}, sentence="no epoch has been learned from yet")
+    busy_share = seconds["learn"] / total
+    waits = {bound: seconds[name] / total for name, (bound, _, _) in BOUNDS.items() if seconds[name] > 0}
+    if busy_share >= BUSY_SHARE:
+        says = f"accelerator-bound: steps took {busy_share:.0%} of the time: {ADVICE['accelerator']} would help"
+        return Stalls(bound="accelerator", busy_share=busy_share, waits=waits, sentence=says)
+    bound, waited_for, advice = max(BOUNDS.values(), key=lambda entry: waits.get(entry[0], 0.0))
+    says = (
+        f"{bound}-bound: steps took {busy_share:.0%} of the time, and {waits[bound]:.0%} went by waiting for "
+        f"{waited_for}: {advice} would help"
+    )
+    return Stalls(bound=bound, busy_share=busy_share, waits=waits, sentence=says)
 
 
 class TrainObserver:
@@ -40,6 +71,7 @@ class TrainObserver:
         self._clock = clock
         self._at = 0  # images that are behind the workers, of all epochs
         self._since: float | None = None
+        self._seconds = dict.fromkeys(ACTIVITIES, 0.0)
 
     def started(self, workers: int, done: int, steps_per_epoch: int) -> None:
         """Workers go on after step `done`. What they make again, because it was lost, counts again."""
@@ -74,6 +106,8 @@ class TrainObserver:
                     error_type=failure.error_type,
                     message=failure.message,
                 )
+            for activity, seconds in event.seconds.items():
+                self._seconds[activity] += seconds
             self.log.write("epoch", **event.row)
         elif isinstance(event, Saved):
             self.log.write("model" if event.published else "checkpoint", uri=event.uri, step=event.checkpoint.step)
@@ -85,6 +119,10 @@ class TrainObserver:
     def speed(self, images_per_s: float) -> None:
         """Of the last minute."""
         self.metrics.set("maskmill_train_images_per_second", images_per_s)
+
+    def stalls(self) -> Stalls:
+        """What limits it, from the epochs that are behind it."""
+        return attribute_training(self._seconds)
 
     def bill(self) -> Bill | None:
         """What it costs so far, where the config has prices; the rest at the speed of this command's own images."""
@@ -100,6 +138,7 @@ class TrainObserver:
             "updated_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "images": self.images,
             "worker_deaths": self.deaths,
+            "accelerator": self.stalls().as_json(),
             "cost": bill and bill.as_json(),
         }
 

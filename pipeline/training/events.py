@@ -1,5 +1,6 @@
 """What a training run says while it goes on; whoever drives it decides what that means."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,10 +28,12 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpochDone:
-    """row: as in the history. failures: images that were not learned from, at most LISTED_FAILURES of each worker."""
+    """row: as in the history. failures: images that were not learned from, at most LISTED_FAILURES of each worker.
+    seconds: since the epoch before, by timing.ACTIVITIES, of the worker that waited longest for its images."""
 
     row: Row
     failures: tuple[Failure, ...]
+    seconds: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -54,6 +54,7 @@ from pipeline.training.sheet import Shown
 from pipeline.training.snapshot import capture, put_back
 from pipeline.training.step import Stepper, StepResult, Trainee, wrap
 from pipeline.training.task_targets import TaskTargets
+from pipeline.training.timing import Stopwatch, slowest
 from pipeline.training.validate import Validator, finite
 from pipeline.training.workers import Workers
 
@@ -152,6 +153,7 @@ class TrainingLoop:
                 config.validation, config.target, given, self.model, device=device, threads=threads
             )
         self._progress = _Progress()
+        self._watch = Stopwatch()
 
     def restore(self) -> bool:
         """Go on from the newest whole checkpoint of the output, if there is one. All workers call it.
@@ -203,7 +205,8 @@ class TrainingLoop:
                     return
             last = self._progress.epoch == config.epochs - 1
             row, failures, shown = self._close_epoch(last, images_before, time.monotonic() - began)
-            yield EpochDone(row=row, failures=failures)
+            spent = slowest(self.workers.gather(self._watch.take()))
+            yield EpochDone(row=row, failures=failures, seconds=spent)
             yield from self._show(shown)
             if last or self._progress.epoch % config.checkpoint.every_epochs == 0:
                 yield from self._save(row.get(self.record.headline), must=last)
@@ -229,15 +232,16 @@ class TrainingLoop:
         )
         # One step's batches are put together while the one before is learned from.
         ready = ((share, self._batches(share)) for share in self._reader.steps(own))
-        for share, batches in read_ahead(ready, count=1, weight=lambda _: 0, limit=1):
+        for share, batches in self._watch.each("read", read_ahead(ready, count=1, weight=lambda _: 0, limit=1)):
             torch.manual_seed(_step_seed(config.seed, epoch, share.step, self.workers.rank))
             failures = [item.failure for item in share.items if item.failure is not None]
-            result = stepper.gradients(batches, failed=len(failures), stop=should_stop())
-            learning_rate = config.optimizer.learning_rate * learning_rate_factor(progress.done, self._schedule)
-            self._require_finite(share, result, learning_rate)
-            stepper.update(learning_rate)
-            if self.ema is not None:
-                self.ema.update(self.module)
+            with self._watch.during("learn"):
+                result = stepper.gradients(batches, failed=len(failures), stop=should_stop())
+                learning_rate = config.optimizer.learning_rate * learning_rate_factor(progress.done, self._schedule)
+                self._require_finite(share, result, learning_rate)
+                stepper.update(learning_rate)
+                if self.ema is not None:
+                    self.ema.update(self.module)
             progress.step, progress.done = share.step + 1, progress.done + 1
             progress.loss_sum += result.loss
             progress.images += result.images
@@ -342,7 +346,8 @@ class TrainingLoop:
         every = config.validation.every_epochs if config.validation is not None else 1
         shown: tuple[Shown, ...] = ()
         if self._validator is not None and (last or (progress.epoch + 1) % every == 0):
-            figures, shown = self._validate(self._validator)
+            with self._watch.during("validate"):
+                figures, shown = self._validate(self._validator)
             row |= figures
         row["ended_at"] = time.time()
         self.record.history.append(row)
@@ -384,7 +389,8 @@ class TrainingLoop:
             "failures": [[item.image_id, item.error_type, item.message] for item in progress.failures],
         }
         try:
-            checkpoint = self.record.save(model, tensors, state, place, figure)
+            with self._watch.during("save"):
+                checkpoint = self.record.save(model, tensors, state, place, figure)
         except StorageError as error:
             if must:
                 text = f"the checkpoint of step {progress.done} was not written: {error}; {GO_ON}"

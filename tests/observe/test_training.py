@@ -11,7 +11,7 @@ from pipeline.config_train import TrainConfig
 from pipeline.errors import StorageError
 from pipeline.observe.cost import ClusterSize, CostMeter
 from pipeline.observe.log import EventLog
-from pipeline.observe.training import TrainObserver
+from pipeline.observe.training import TrainObserver, attribute_training
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.events import EpochDone, Saved, SaveFailed, StepDone
 from pipeline.training.samples import Failure
@@ -47,7 +47,8 @@ def test_a_run_with_a_death() -> None:
     observer.event(step(2))
     assert observer.images == 12
     failure = Failure("a.tar/1", "CorruptImageError", "cut off")
-    observer.event(EpochDone(row={"epoch": 1, "step": 3, "loss": 0.25}, failures=(failure,)))
+    spent = {"read": 6.0, "learn": 3.0, "validate": 1.0, "save": 0.0}
+    observer.event(EpochDone(row={"epoch": 1, "step": 3, "loss": 0.25}, failures=(failure,), seconds=spent))
     assert observer.images == 14
     observer.event(Saved(uri="u/step-3", checkpoint=Checkpoint(name="step-3", step=3, figure=None, files={})))
     observer.event(SaveFailed(error=StorageError("full")))
@@ -65,7 +66,11 @@ def test_a_run_with_a_death() -> None:
     bill = observer.bill()
     assert bill is not None
     assert (bill.so_far, bill.to_go) == (pytest.approx(2.0), 0)
-    assert observer.observed()["worker_deaths"] == 1
+    observed = observer.observed()
+    assert observed["worker_deaths"] == 1
+    assert observed["accelerator"]["bound"] == "reader"
+    assert observed["accelerator"]["busy_share"] == 0.3
+    assert observed["accelerator"]["waits"] == {"reader": 0.6, "validation": 0.1}
     assert [json.loads(line)["event"] for line in text.getvalue().splitlines()] == [
         "workers_started", "worker_death", "workers_started", "failed_row", "epoch", "checkpoint", "not_written",
     ]  # fmt: skip
@@ -76,3 +81,19 @@ def test_without_prices_there_is_no_bill() -> None:
     observer.event(step(1))
     assert observer.bill() is None
     assert observer.observed()["cost"] is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "bound", "words"),
+    [
+        ({"read": 1.0, "learn": 9.0, "validate": 0.0, "save": 0.0}, "accelerator", "steps took 90% of the time"),
+        ({"read": 1.0, "learn": 4.0, "validate": 5.0, "save": 0.0}, "validation", "validation.every_epochs"),
+        ({"read": 1.0, "learn": 1.0, "validate": 0.0, "save": 2.0}, "storage", "50% went by waiting for checkpoints"),
+        ({"read": 0.0, "learn": 0.0, "validate": 0.0, "save": 0.0}, "start-up", "no epoch"),
+    ],
+)
+def test_what_limits_a_training(seconds: dict[str, float], bound: str, words: str) -> None:
+    found = attribute_training(seconds)
+    assert found.bound == bound
+    assert words in found.sentence
+    assert found.busy_share + sum(found.waits.values()) == pytest.approx(1.0 if any(seconds.values()) else 0.0)
