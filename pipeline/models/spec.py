@@ -155,6 +155,7 @@ class PostContext:
 
 Postprocess = Callable[[Any, Sequence[Frame], PostContext], list[Prediction]]
 Forward = Callable[[nn.Module, Any, Sequence[Frame]], Any]
+AtStep = Callable[[nn.Module, float], None]
 Losses = Callable[[nn.Module, Any, Sequence[Frame], Sequence[Mapping[str, Tensor]]], dict[str, Tensor]]
 
 
@@ -178,6 +179,8 @@ class ModelSpec:
         image_BCHW, the frames and each image's `boxes` (N, 4: x1, y1, x2, y2), `labels` (N) and `masks` (N, H, W,
         uint8), in prepared pixels; scalars by name, means over the images. None: it cannot be trained.
     loss_factors: how much each of them counts, by those names.
+    at_step: what of the module follows the course of a training: called in every worker before each optimiser step,
+        with the share of the run's steps that is done, 0 and more, under 1.
     background: the module's output 0 is no class and the others are ids of the taxonomy, as in torchvision's detectors;
         otherwise outputs are places in the taxonomy's list of categories. Labels that it learns from are such outputs.
     prompts: it looks where the sample says: `prompts` of the source reach its frames.
@@ -199,6 +202,7 @@ class ModelSpec:
     postprocess: Postprocess | None = None
     losses: Losses | None = None
     loss_factors: Mapping[str, float] = field(default_factory=dict)
+    at_step: AtStep | None = None
     background: bool = False
     prompts: bool = False
     commercial: bool = True

@@ -234,6 +234,8 @@ class TrainingLoop:
         ready = ((share, self._batches(share)) for share in self._reader.steps(own))
         for share, batches in self._watch.each("read", read_ahead(ready, count=1, weight=lambda _: 0, limit=1)):
             torch.manual_seed(_step_seed(config.seed, epoch, share.step, self.workers.rank))
+            if self.model.spec.at_step is not None:
+                self.model.spec.at_step(self.module, progress.done / self._schedule.steps)
             failures = [item.failure for item in share.items if item.failure is not None]
             with self._watch.during("learn"):
                 result = stepper.gradients(batches, failed=len(failures), stop=should_stop())

@@ -18,7 +18,8 @@ from pipeline.models.load import LoadedModel, load_model
 from pipeline.models.registry import MODELS
 from pipeline.models.spec import Frame, Instances, PostContext, Prediction
 from pipeline.models.zoo import hf_universal
-from pipeline.models.zoo.hf_universal import TASK_TOKENS, adapt_universal, query_losses
+from pipeline.models.zoo.hf_oneformer import TASK_TOKENS
+from pipeline.models.zoo.hf_universal import adapt_universal
 from pipeline.models.zoo.universal_post import Queries, instances, panoptic
 from pipeline.taxonomy import Category, Taxonomy, load_taxonomy
 
@@ -343,7 +344,8 @@ def test_losses_are_the_librarys(name: str) -> None:
     image_BCHW = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     given = {"task_inputs": model.module.task_tokens.expand(2, -1)} if name == "oneformer" else {}
     torch.manual_seed(5)
-    found = query_losses(model.module, image_BCHW, [Frame(48, 64, 48, 64)] * 2, targets())
+    assert model.spec.losses is not None
+    found = model.spec.losses(model.module, image_BCHW, [Frame(48, 64, 48, 64)] * 2, targets())
     assert found.keys() == model.spec.loss_factors.keys()
     torch.manual_seed(5)
     expected = model.module(
@@ -378,7 +380,8 @@ def test_a_batch_of_padded_images_has_gradients_of_any_size(name: str) -> None:
     image_BCHW = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     image_BCHW[:, :, 32:] = 0
     torch.manual_seed(5)
-    found = query_losses(module, image_BCHW, [Frame(32, 64, 32, 64)] * 2, targets())
+    assert model.spec.losses is not None
+    found = model.spec.losses(module, image_BCHW, [Frame(32, 64, 32, 64)] * 2, targets())
     sum(found.values()).backward()  # type: ignore[union-attr]
     assert max(float(value.grad.norm()) for value in module.parameters()) < 1000  # type: ignore[union-attr]
 

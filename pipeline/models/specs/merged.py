@@ -36,6 +36,7 @@ def specs(parts: Mapping[str, ModelSpec]) -> tuple[ModelSpec, ...]:
             postprocess=panoptic_merge.merge_postprocess,
             losses=panoptic_merge.merge_losses,
             loss_factors=panoptic_merge.MERGE_LOSSES,
+            at_step=panoptic_merge.merge_at_step,
             prompts=True,  # for parts that want them
             preprocess=COCO_800,
             taxonomy="coco_panoptic",

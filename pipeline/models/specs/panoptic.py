@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from pipeline.models.spec import ModelSpec, Preprocess
-from pipeline.models.zoo import hf_universal, universal_post
+from pipeline.models.zoo import hf_eomt, hf_oneformer, hf_universal, universal_post
 
 __all__ = ["SPECS"]
 
@@ -75,17 +75,19 @@ SPECS = (
     ),
     _queries(
         "oneformer",
-        hf_universal.build_oneformer,
+        hf_oneformer.build_oneformer,
         ONEFORMER,
-        forward=hf_universal.oneformer,
+        forward=hf_oneformer.oneformer,
+        losses=hf_oneformer.oneformer_losses,
         license="MIT",
         weights=("hf:shi-labs/oneformer_coco_swin_large",),
     ),
     _instances(
         "oneformer_instance",
-        hf_universal.build_oneformer,
+        hf_oneformer.build_oneformer,
         ONEFORMER,
-        forward=hf_universal.oneformer,
+        forward=hf_oneformer.oneformer,
+        losses=hf_oneformer.oneformer_losses,
         # Its weights are one model for every task: stuff is among the classes, and left out of the segments.
         taxonomy="coco_panoptic",
         options={"task_input": "instance"},
@@ -94,20 +96,22 @@ SPECS = (
     ),
     _queries(
         "eomt",
-        hf_universal.build_eomt,
+        hf_eomt.build_eomt,
         EOMT,
-        forward=hf_universal.eomt,
-        losses=hf_universal.eomt_losses,
+        forward=hf_eomt.eomt,
+        losses=hf_eomt.eomt_losses,
+        at_step=hf_eomt.anneal_masks,
         preprocess=SQUARE_640,
         license="MIT",
         weights=("hf:tue-mps/coco_panoptic_eomt_large_640",),
     ),
     _instances(
         "eomt_instance",
-        hf_universal.build_eomt,
+        hf_eomt.build_eomt,
         EOMT,
-        forward=hf_universal.eomt,
-        losses=hf_universal.eomt_losses,
+        forward=hf_eomt.eomt,
+        losses=hf_eomt.eomt_losses,
+        at_step=hf_eomt.anneal_masks,
         preprocess=SQUARE_640,
         license="MIT",
         weights=("hf:tue-mps/coco_instance_eomt_large_640",),

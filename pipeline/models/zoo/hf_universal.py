@@ -1,12 +1,12 @@
 """Models of queries from transformers (https://github.com/huggingface/transformers, Apache-2.0), built from options:
-MaskFormer, Mask2Former, OneFormer, EoMT.
+MaskFormer and Mask2Former, and what OneFormer (hf_oneformer.py) and EoMT (hf_eomt.py) share with them.
 
 Axes: B batch, C channels, H rows, W columns, Q queries.
 """
 
 import re
 from collections.abc import Mapping, Sequence, Set
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +22,13 @@ __all__ = [
     "MASK2FORMER_LOSSES",
     "MASKFORMER_LOSSES",
     "adapt_universal",
-    "build_eomt",
+    "backbone_config",
     "build_mask2former",
     "build_maskformer",
-    "build_oneformer",
-    "eomt",
-    "eomt_losses",
+    "finished",
+    "last_queries",
     "mask2former",
     "maskformer",
-    "oneformer",
     "query_losses",
 ]
 
@@ -55,16 +53,6 @@ RESNET: Mapping[str, Mapping[str, Any]] = {
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 DROP_PATH = 0.3
 BIAS_STD = 0.02
-
-OneFormerTask = Literal["panoptic", "instance", "semantic"]
-# "the task is ..." between start and end of text, as CLIP's vocabulary numbers it (bpe_simple_vocab_16e6.txt of
-# https://github.com/openai/CLIP): the numbers themselves are what OneFormer's task network reads, 0 after the end.
-TASK_TOKENS: Mapping[str, tuple[int, ...]] = {
-    "panoptic": (49406, 518, 10549, 533, 1072, 24755, 49407),
-    "instance": (49406, 518, 10549, 533, 34572, 49407),
-    "semantic": (49406, 518, 10549, 533, 29119, 1550, 49407),
-}
-TASK_LENGTH = 77
 
 # Names of published tensors -> what newer versions of transformers call them.
 RENAMED = (
@@ -111,7 +99,7 @@ def build_mask2former(
     check_options(num_classes, queries=queries, layers=layers, encoder_layers=encoder_layers, points=points)
     library = import_extra("transformers", EXTRA)
     config = library.Mask2FormerConfig(
-        backbone_config=_backbone(library, backbone, backbone_options),
+        backbone_config=backbone_config(library, backbone, backbone_options),
         num_labels=num_classes,
         num_queries=queries,
         feature_size=hidden_size,
@@ -124,7 +112,7 @@ def build_mask2former(
         num_attention_heads=heads,
         train_num_points=points,
     )
-    return _finished(library.Mask2FormerForUniversalSegmentation(config), mask_threshold, overlap_threshold)
+    return finished(library.Mask2FormerForUniversalSegmentation(config), mask_threshold, overlap_threshold)
 
 
 def build_maskformer(
@@ -154,7 +142,7 @@ def build_maskformer(
         encoder_ffn_dim=8 * hidden_size,
     )
     config = library.MaskFormerConfig(
-        backbone_config=_backbone(library, backbone, backbone_options),
+        backbone_config=backbone_config(library, backbone, backbone_options),
         decoder_config=decoder,
         num_labels=num_classes,
         fpn_feature_size=hidden_size,
@@ -162,106 +150,14 @@ def build_maskformer(
         use_auxiliary_loss=True,
     )
     module: Any = library.MaskFormerForInstanceSegmentation(config)
-    # Queries enter as 0, and with biases of 0 they leave the first attention so: the layer norm as in `_finished`.
+    # Queries enter as 0, and with biases of 0 they leave the first attention so: the layer norm as in `finished`.
     for name, parameter in module.model.transformer_module.decoder.layers[0].self_attn.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter, std=BIAS_STD)
-    return _finished(module, mask_threshold, overlap_threshold)
+    return finished(module, mask_threshold, overlap_threshold)
 
 
-def build_oneformer(
-    num_classes: int,
-    task_input: OneFormerTask = "panoptic",
-    backbone: str = "swin_large",
-    queries: int = 150,
-    hidden_size: int = 256,
-    layers: int = 10,
-    encoder_layers: int = 6,
-    heads: int = 8,
-    points: int = 12544,
-    mask_threshold: float = 0.5,
-    overlap_threshold: float = 0.8,
-    backbone_options: Mapping[str, Any] | None = None,
-) -> nn.Module:
-    """OneFormer (Jain et al. 2023, arXiv:2211.06220); by default that of COCO's weights on Swin-L.
-
-    It is trained without the contrast of queries and texts, for one task at a time: the encoder of texts is left out.
-    task_input: what the model is told that its task is: panoptic, instance or semantic. Options as in
-    `build_mask2former`.
-    """
-    if task_input not in get_args(OneFormerTask):
-        raise ValueError(f"task_input must be panoptic, instance or semantic, got {task_input!r}")
-    check_options(num_classes, queries=queries, layers=layers, encoder_layers=encoder_layers, points=points)
-    library = import_extra("transformers", EXTRA)
-    config = library.OneFormerConfig(
-        backbone_config=_backbone(library, backbone, backbone_options),
-        num_labels=num_classes,
-        num_queries=queries,
-        conv_dim=hidden_size,
-        mask_dim=hidden_size,
-        hidden_dim=hidden_size,
-        encoder_feedforward_dim=4 * hidden_size,
-        dim_feedforward=8 * hidden_size,
-        decoder_layers=layers,
-        encoder_layers=encoder_layers,
-        num_attention_heads=heads,
-        train_num_points=points,
-        task_seq_len=TASK_LENGTH,
-    )
-    module: Any = library.OneFormerForUniversalSegmentation(config)
-    del module.criterion.logit_scale  # of the contrast
-    tokens = torch.zeros(1, TASK_LENGTH)
-    given = torch.tensor(TASK_TOKENS[task_input], dtype=tokens.dtype)
-    tokens[0, : len(given)] = given
-    module.register_buffer("task_tokens", tokens, persistent=False)
-    return _finished(module, mask_threshold, overlap_threshold)
-
-
-def build_eomt(
-    num_classes: int,
-    image_size: int = 640,
-    patch_size: int = 16,
-    hidden_size: int = 1024,
-    layers: int = 24,
-    heads: int = 16,
-    queries: int = 200,
-    query_layers: int = 4,
-    upscale_blocks: int = 2,
-    points: int = 12544,
-    mask_threshold: float = 0.5,
-    overlap_threshold: float = 0.8,
-) -> nn.Module:
-    """EoMT (Kerssies et al. 2025, arXiv:2503.19108): a plain vision transformer (DINOv2's) whose last layers have
-    queries among their tokens; by default that of COCO's panoptic weights, ViT-L at 640 pixels.
-
-    image_size: of the square that it sees, pixels; no other size is taken. query_layers: the last ones, which queries
-    go through, each seeing the patches of its mask alone; in prediction a layer does so with the probability that its
-    weights name (`attn_mask_probs`, which the authors lower from 1 to 0 in training, and which stays 1 here).
-    upscale_blocks: doublings of the patches' resolution for the masks. Options as in `build_mask2former`.
-    """
-    check_options(num_classes, queries=queries, layers=layers, query_layers=query_layers, points=points)
-    if query_layers > layers or image_size % patch_size:
-        raise ValueError(
-            f"query_layers must be at most {layers} and image_size a multiple of {patch_size}, "
-            f"got {query_layers} and {image_size}"
-        )
-    library = import_extra("transformers", EXTRA)
-    config = library.EomtConfig(
-        num_labels=num_classes,
-        image_size=image_size,
-        patch_size=patch_size,
-        hidden_size=hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_queries=queries,
-        num_blocks=query_layers,
-        num_upscale_blocks=upscale_blocks,
-        train_num_points=points,
-    )
-    return _finished(library.EomtForUniversalSegmentation(config), mask_threshold, overlap_threshold)
-
-
-def _backbone(library: Any, name: str, given: Mapping[str, Any] | None) -> Any:
+def backbone_config(library: Any, name: str, given: Mapping[str, Any] | None) -> Any:
     own = dict(given or {})
     if name in SWIN:
         fields = {**SWIN[name], "drop_path_rate": DROP_PATH, "out_features": STAGES, **own}
@@ -271,7 +167,7 @@ def _backbone(library: Any, name: str, given: Mapping[str, Any] | None) -> Any:
     raise ValueError(f"backbone must be one of {', '.join([*SWIN, *RESNET])}, got {name!r}")
 
 
-def _finished(module: Any, mask_threshold: float, overlap_threshold: float) -> nn.Module:
+def finished(module: Any, mask_threshold: float, overlap_threshold: float) -> nn.Module:
     """The library's model without what no prediction depends on, with what reading its queries needs."""
     check_thresholds(mask_threshold, overlap_threshold)
     module.thresholds = {"mask_threshold": mask_threshold, "overlap_threshold": overlap_threshold}
@@ -289,7 +185,7 @@ def _finished(module: Any, mask_threshold: float, overlap_threshold: float) -> n
     return finished
 
 
-def _queries(module: Any, image_BCHW: Tensor, classes_BQC: Tensor, masks_BQhw: Tensor) -> Queries:
+def last_queries(module: Any, image_BCHW: Tensor, classes_BQC: Tensor, masks_BQhw: Tensor) -> Queries:
     height, width = image_BCHW.shape[-2:]
     return Queries(classes_BQC, masks_BQhw, padded=(height, width), **module.thresholds)
 
@@ -297,7 +193,7 @@ def _queries(module: Any, image_BCHW: Tensor, classes_BQC: Tensor, masks_BQhw: T
 def mask2former(module: nn.Module, image_BCHW: Tensor, frames: Sequence[Frame]) -> Queries:
     """What the last layer's queries say of a padded batch."""
     output = module(image_BCHW)
-    return _queries(module, image_BCHW, output.class_queries_logits, output.masks_queries_logits)
+    return last_queries(module, image_BCHW, output.class_queries_logits, output.masks_queries_logits)
 
 
 def maskformer(module: nn.Module, image_BCHW: Tensor, frames: Sequence[Frame]) -> Queries:
@@ -308,42 +204,19 @@ def maskformer(module: nn.Module, image_BCHW: Tensor, frames: Sequence[Frame]) -
     masks_BQhw = torch.einsum(
         "bqc,bchw->bqhw", model.mask_embedder(queries_BQD), output.pixel_decoder_last_hidden_state
     )
-    return _queries(model, image_BCHW, model.class_predictor(queries_BQD), masks_BQhw)
-
-
-def oneformer(module: nn.Module, image_BCHW: Tensor, frames: Sequence[Frame]) -> Queries:
-    """What the last layer's queries say of a padded batch, given the task."""
-    output = module(image_BCHW, **_task(module, image_BCHW))
-    return _queries(module, image_BCHW, output.class_queries_logits, output.masks_queries_logits)
-
-
-def eomt(module: nn.Module, image_BCHW: Tensor, frames: Sequence[Frame]) -> Queries:
-    """What the queries say of a padded batch. Raises ValueError for another size than the model's own."""
-    _check_square(module, image_BCHW)
-    return mask2former(module, image_BCHW, frames)
-
-
-def _task(module: nn.Module, image_BCHW: Tensor) -> dict[str, Tensor]:
-    model: Any = module
-    return {"task_inputs": model.task_tokens.expand(len(image_BCHW), -1)} if hasattr(model, "task_tokens") else {}
-
-
-def _check_square(module: nn.Module, image_BCHW: Tensor) -> None:
-    model: Any = module
-    size = model.config.image_size
-    height, width = image_BCHW.shape[-2:]
-    if (height, width) != (size, size):
-        raise ValueError(
-            f"expected an input of {size} x {size}, got {height} x {width}: resize and max_size must be at most, and "
-            f"pad_multiple exactly, the model's image_size; so must a crop be in training"
-        )
+    return last_queries(model, image_BCHW, model.class_predictor(queries_BQD), masks_BQhw)
 
 
 def query_losses(
-    module: nn.Module, image_BCHW: Tensor, frames: Sequence[Frame], targets: Sequence[Mapping[str, Tensor]]
+    module: nn.Module,
+    image_BCHW: Tensor,
+    frames: Sequence[Frame],
+    targets: Sequence[Mapping[str, Tensor]],
+    **given: Tensor,
 ) -> dict[str, Tensor]:
     """The library's losses of queries matched to segments (scipy's Hungarian method), each summed over the layers that
-    predict: `loss_cross_entropy`, `loss_mask`, `loss_dice`, without their factors.
+    predict: `loss_cross_entropy`, `loss_mask`, `loss_dice`, without their factors. given: what else the model's forward
+    takes.
 
     A mask's points are drawn with torch's global generator. The masks' losses are means over the segments of the batch
     that is seen at once, so a batch that is cut among workers gives nearly, not exactly, the gradient of the whole.
@@ -372,19 +245,11 @@ def query_losses(
             mask_labels=masks,
             class_labels=[target["labels"] for target in targets],
             output_hidden_states=True,
-            **_task(module, image_BCHW),
+            **given,
         )
     finally:
         handle.remove()
     return sums
-
-
-def eomt_losses(
-    module: nn.Module, image_BCHW: Tensor, frames: Sequence[Frame], targets: Sequence[Mapping[str, Tensor]]
-) -> dict[str, Tensor]:
-    """`query_losses`. Raises ValueError for another size than the model's own."""
-    _check_square(module, image_BCHW)
-    return query_losses(module, image_BCHW, frames, targets)
 
 
 def adapt_universal(given: Mapping[str, Tensor], wanted: Set[str]) -> dict[str, Tensor]:

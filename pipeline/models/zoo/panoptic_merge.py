@@ -27,6 +27,7 @@ __all__ = [
     "adapt_merge",
     "build_panoptic_merge",
     "join_weights",
+    "merge_at_step",
     "merge_forward",
     "merge_losses",
     "merge_postprocess",
@@ -255,6 +256,15 @@ def merge_losses(
         "instance": torch.stack([factors[name] * loss for name, loss in own.items()]).sum(),
         "semantic": (per_pixel_BHW.sum((1, 2)) / valid_B).mean(),
     }
+
+
+def merge_at_step(module: nn.Module, done: float) -> None:
+    """Each model's own `at_step`."""
+    model: Any = module
+    for name in PARTS:
+        at_step = model.parts[name].spec.at_step
+        if at_step is not None:
+            at_step(getattr(model, name), done)
 
 
 def _label_maps(targets: Sequence[Mapping[str, Tensor]], outputs_K: Tensor, image_BCHW: Tensor) -> Tensor:
