@@ -27,9 +27,10 @@ from transformers import (
 from pipeline.errors import ConfigError, PredictError
 from pipeline.models.registry import MODELS
 from pipeline.models.spec import Frame, PostContext, Preprocess, Prompts
+from pipeline.models.zoo.clip_text import letters, read_pieces
 from pipeline.models.zoo.mask_generator import GridOptions, generate, views
 from pipeline.models.zoo.sam import Sam2, segments
-from pipeline.models.zoo.sam3 import Sam3, adapt_sam3, build_sam3, find_concepts, letters, read_pieces, tokens_of
+from pipeline.models.zoo.sam3 import Sam3, adapt_sam3, build_sam3, find_concepts, tokens_of
 from pipeline.sources.scenes import render_scene
 from pipeline.stages.prepare import prepare
 from pipeline.taxonomy import Taxonomy, load_taxonomy

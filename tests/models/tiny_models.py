@@ -62,6 +62,7 @@ SWIN = {
     "resize": 64,
 }
 POINTS = {"encoder_layers": 1, "points": 64}
+CONTRAST = {"contrast": True, "hidden_size": 64, "text_layers": 1, "text_contexts": 2}
 EOMT = {
     **QUERIES,
     "hidden_size": 32,
@@ -172,7 +173,7 @@ TINY: dict[str, dict[str, Any]] = {
     "mask2former": SWIN | POINTS,
     "mask2former_instance": SWIN | POINTS,
     "oneformer": SWIN | POINTS,
-    "oneformer_instance": SWIN | POINTS,
+    "oneformer_instance": SWIN | POINTS | CONTRAST,
     "eomt": EOMT,
     "eomt_instance": EOMT,
     "panoptic_merge": {

@@ -26,11 +26,11 @@ def _queries(name: str, build: Callable[..., nn.Module], paper: str, **fields: A
         "losses": hf_universal.query_losses,
         "loss_factors": hf_universal.MASK2FORMER_LOSSES,
         "preprocess": COCO_800,
+        "adapt": hf_universal.adapt_universal,
     }
     return ModelSpec(
         name=name,
         build=build,
-        adapt=hf_universal.adapt_universal,
         paper=paper,
         extra=hf_universal.EXTRA,
         **{**common, **fields},
@@ -78,7 +78,9 @@ SPECS = (
         hf_oneformer.build_oneformer,
         ONEFORMER,
         forward=hf_oneformer.oneformer,
+        adapt=hf_oneformer.adapt_oneformer,
         losses=hf_oneformer.oneformer_losses,
+        loss_factors=hf_oneformer.ONEFORMER_LOSSES,
         license="MIT",
         weights=("hf:shi-labs/oneformer_coco_swin_large",),
     ),
@@ -87,7 +89,9 @@ SPECS = (
         hf_oneformer.build_oneformer,
         ONEFORMER,
         forward=hf_oneformer.oneformer,
+        adapt=hf_oneformer.adapt_oneformer,
         losses=hf_oneformer.oneformer_losses,
+        loss_factors=hf_oneformer.ONEFORMER_LOSSES,
         # Its weights are one model for every task: stuff is among the classes, and left out of the segments.
         taxonomy="coco_panoptic",
         options={"task_input": "instance"},

@@ -9,7 +9,6 @@ Axes: B batch, C channels, H rows, W columns, S rows and columns of the input, M
 T tokens (of a phrase, then of examples), Q queries, N instances, L places of the coarsest features.
 """
 
-import json
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -18,21 +17,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.errors import ConfigError, PredictError
+from pipeline.errors import PredictError
 from pipeline.models.extras import import_extra
 from pipeline.models.spec import Frame
+from pipeline.models.zoo.clip_text import END, START, clip_tokenizer, letters, read_pieces
 from pipeline.models.zoo.mask_generator import GridOptions, Segments, segments_of, views
 from pipeline.models.zoo.sam import MODEL, VIDEO, Sam2, encoded, segment
-from pipeline.models.zoo.vocabulary import asked, category_names, read_text
+from pipeline.models.zoo.vocabulary import asked, category_names
 from pipeline.taxonomy import Taxonomy
 
-__all__ = ["EXTRA", "Sam3", "adapt_sam3", "build_sam3", "find_concepts", "read_pieces", "tokens_of"]
+__all__ = ["EXTRA", "Sam3", "adapt_sam3", "build_sam3", "find_concepts", "tokens_of"]
 
 EXTRA = "hf"
 Mode = Literal["vocabulary", "exemplars", "prompts", "automatic"]
 # Tokens of a phrase with its two ends: the text model has no places for more.
 MAX_TOKENS = 32
-START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 # What the model was trained to read where only boxes say what to look for.
 VISUAL = "visual"
 LEVELS = (4.0, 2.0, 1.0)
@@ -250,41 +249,12 @@ def _tracker(vision: Mapping[str, Any], image_size: int, patch_size: int, prompt
     return library.Sam3TrackerModel(config)
 
 
-def read_pieces(uri: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Of a tokenizer.json the pieces with their numbers, and the pairs that are merged, the first ones first. Raises
-    ConfigError for what cannot be read or is no byte pair encoding as CLIP has it."""
-    try:
-        model = json.loads(read_text(uri))["model"]
-        pieces = {str(piece): int(number) for piece, number in model["vocab"].items()}
-        # "a b" before version 0.20 of the library that writes it, then ["a", "b"].
-        merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
-        kind = (model.get("type"), model.get("end_of_word_suffix"))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"vocab {uri!r} is no tokenizer.json: {type(error).__name__}: {error!s:.200}") from error
-    if kind != ("BPE", WORD_END):
-        raise ConfigError(f"vocab {uri!r} must be a BPE whose words end in {WORD_END}, got {kind[0]}, {kind[1]}")
-    lacking = [piece for piece in (START, END) if piece not in pieces]
-    lacking += ["".join(map(str, pair)) for pair in merges if len(pair) != 2 or "".join(map(str, pair)) not in pieces]
-    if lacking:
-        raise ConfigError(f"vocab {uri!r} is no list of CLIP's pieces: it lacks {', '.join(lacking[:5])!s:.200}")
-    if sorted(pieces.values()) != [*range(len(pieces))]:
-        raise ConfigError(f"vocab {uri!r} must number its {len(pieces)} pieces from 0 without a gap")
-    return pieces, [(first, second) for first, second in merges]
-
-
-def letters() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """The pieces of an encoding that merges nothing: each byte, within a word and at its end."""
-    alphabet = sorted(import_extra("tokenizers", EXTRA).pre_tokenizers.ByteLevel.alphabet())
-    pieces = [*alphabet, *(letter + WORD_END for letter in alphabet), START, END]
-    return {piece: number for number, piece in enumerate(pieces)}, []
-
-
 def tokens_of(
     phrases: Sequence[str], pieces: Mapping[str, int], merges: Sequence[tuple[str, str]]
 ) -> tuple[Tensor, Tensor]:
     """tokens_PT of phrases as CLIP cuts them (lower case, byte pairs), filled up to MAX_TOKENS, and which are theirs
     (bool). Raises ValueError for a phrase that is longer."""
-    tokenizer = import_extra("transformers", EXTRA).CLIPTokenizer(vocab=dict(pieces), merges=[*merges])
+    tokenizer = clip_tokenizer(pieces, merges)
     rows = [tokenizer(phrase)["input_ids"] for phrase in phrases]
     for phrase, row in zip(phrases, rows, strict=True):
         if not 3 <= len(row) <= MAX_TOKENS:
