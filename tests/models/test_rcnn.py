@@ -1,6 +1,7 @@
 """The R-CNN family: torchvision's own models where they are the same, the papers' variants by hand."""
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from pipeline.models.load import load_model
 from pipeline.models.registry import MODELS
 from pipeline.models.spec import Frame, PostContext, Prediction, Prompts
 from pipeline.models.zoo.mask_heads import AveragePredictor, MlpMasks, multinomial_mask_loss, multinomial_masks
-from pipeline.models.zoo.mnc import build_mnc, mask_overlaps
+from pipeline.models.zoo.mnc import Stages, build_mnc, mask_overlaps
 from pipeline.models.zoo.rcnn import (
     adapt_regions,
     build_fastrcnn,
@@ -413,7 +414,7 @@ def test_later_stages_of_mnc_move_the_boxes() -> None:
         rcnn_losses(module, make_images(), FRAMES, make_targets())[loss].backward()
         return None if deltas.grad is None else deltas.grad.clone()
 
-    moved = {name: gradient(name) for name in ("loss_mask", "loss_box_class", "loss_mask_class")}
+    moved = {name: gradient(name) for name in ("loss_mask", "loss_box_class", "loss_mask_class", "loss_box_reg")}
     assert all(values is not None and bool(values.any()) for values in moved.values())
 
     # Otherwise it is torchvision's proposal network.
@@ -447,7 +448,7 @@ def test_mnc_sees_what_is_inside_the_mask() -> None:
         heads.mask_fc2.weight.data.zero_()
         heads.mask_fc2.bias.data.copy_(logits.flatten())
         with torch.inference_mode():
-            mask_N1MM, _, _ = heads.stages(features, boxes, [(96, 128)])
+            mask_N1MM = heads.stages(features, boxes, [(96, 128)]).mask_N1MM
         assert torch.equal(mask_N1MM[0, 0], logits)
         whole, inside = seen["box_path"], seen["mask_path"]
         expected = torch.zeros_like(whole)
@@ -470,12 +471,12 @@ def test_mask_overlaps_by_hand() -> None:
 
 
 def test_mnc_detects_the_best_of_each_class() -> None:
-    module: Any = built(build_mnc, 3, **{**TINY_MNC, "box_score_thresh": 0.3})
+    module: Any = built(build_mnc, 3, **{**TINY_MNC, "stages": 3, "box_score_thresh": 0.3})
     heads = module.roi_heads.eval()
     boxes = torch.tensor([[0.0, 0, 40, 40], [1, 0, 41, 40], [60, 60, 90, 90]])
     logits = torch.log(torch.tensor([[0.1, 0.5, 0.4], [0.2, 0.7, 0.1], [0.8, 0.1, 0.1]]))
     masks = torch.arange(3.0).view(3, 1, 1, 1).repeat(1, 1, 14, 14)
-    heads.stages = lambda *_: (masks, None, logits)
+    heads.stages = lambda *_: Stages(masks, logits, logits)
     ((detection,), _) = heads({}, [boxes], [(96, 128)])
     # The second box is the better one of class 1, the first the only one of class 2.
     assert detection["labels"].tolist() == [1, 2]
@@ -495,14 +496,120 @@ def test_mnc_learns_from_empty_images() -> None:
     assert [name for name, value in module.named_parameters() if value.grad is None] == []
 
 
-def test_mnc_size() -> None:
+@pytest.mark.parametrize("stages", [3, 5])
+def test_mnc_size(stages: int) -> None:
     with torch.device("meta"):
-        module = build_mnc(91)
+        module = build_mnc(91, stages)
     counts = (
         14_714_688  # VGG16's convolutions
         + 512 * 512 * 9 + 512 + (512 + 1) * 15 * 5  # proposals: 15 anchors
         + (512 * 196 + 1) * 256 + (256 + 1) * 784  # masks
         + 2 * ((25_088 + 1) * 4096 + (4096 + 1) * 4096)  # fc6 and fc7 of boxes and of masks
         + 2 * (8192 + 1) * 91  # two classifiers
+        + (stages == 5) * (8192 + 1) * 4 * 91  # corrections; stages 4 and 5 share all weights with 2 and 3
     )  # fmt: skip
     assert sum(value.numel() for value in module.parameters()) == counts
+
+
+def test_mnc_corrects_boxes_by_their_best_class() -> None:
+    """By hand: a quarter of a box's width to the right, twice as high; within the image."""
+    heads: Any = built(build_mnc, 4, **TINY_MNC).roi_heads
+    boxes = [torch.tensor([[10.0, 20, 50, 60]]), torch.tensor([[60.0, 50, 120, 90], [0, 0, 8, 8]])]
+    deltas = torch.zeros(3, 4, 4)
+    deltas[0, 2] = torch.tensor([2.5, 0, 0, 5 * math.log(2)])  # the coder's weights are 10, 10, 5, 5
+    deltas[1, 1] = torch.tensor([2.5, 0, 0, 5 * math.log(2)])
+    deltas[:, 0] = 100  # of the background: never taken
+    logits = torch.tensor([[9.0, 1, 2, 0], [9, 3, 2, 0], [9, 0, 0, 3]])
+    moved = heads.corrected(boxes, Stages(torch.zeros(3, 1, 14, 14), logits, logits, deltas), [(96, 128)] * 2)
+    torch.testing.assert_close(moved[0], torch.tensor([[20.0, 0, 60, 80]]))
+    torch.testing.assert_close(moved[1], torch.tensor([[75.0, 30, 128, 96], [0, 0, 8, 8]]))
+
+
+@pytest.mark.parametrize("stages", [3, 5])
+@torch.inference_mode()
+def test_mnc_looks_again_in_the_corrected_boxes(stages: int) -> None:
+    """Stage 5 reads by stage 3's weights, in the boxes that this has corrected; of both the better ones stay."""
+    options = {**TINY_MNC, "stages": stages, "box_nms_thresh": 1.0, "box_detections_per_img": 1000}
+    module: Any = built(build_mnc, 4, **options).eval()
+    heads, shapes = module.roi_heads, [(96, 128)] * 2
+    if stages == 5:
+        heads.box_deltas.bias.data.normal_(std=2.0, generator=torch.Generator().manual_seed(0))
+    seen: list[Any] = []
+    looked = heads.stages
+    heads.stages = lambda *given: seen.append((given[1], looked(*given))) or seen[-1][1]
+    features = {"0": torch.rand(2, 16, 6, 8, generator=torch.Generator().manual_seed(1))}
+    boxes = [torch.tensor([[3.0, 4, 90, 80], [20, 10, 60, 50]]), torch.tensor([[0.0, 0, 128, 96]])]
+    detections, _ = heads(features, boxes, shapes)
+    assert len(seen) == (1 if stages == 3 else 2)
+    found = [looked(features, given, shapes) for given, _ in seen]
+    assert all(torch.equal(one.mask_N1MM, other.mask_N1MM) for (_, one), other in zip(seen, found, strict=True))
+    for at, detection in enumerate(detections):
+        assert len(detection["boxes"]) == 3 * sum(len(given[at]) for given, _ in seen)
+        assert detection["scores"].tolist() == sorted(detection["scores"].tolist(), reverse=True)
+        assert detection["masks"].shape[1:] == (1, 14, 14)
+        known = torch.cat([given[at] for given, _ in seen])
+        assert {tuple(box) for box in detection["boxes"].tolist()} == {tuple(box) for box in known.tolist()}
+    if stages == 5:
+        (first, _), (second, _) = seen
+        assert first is boxes
+        expected = heads.corrected(boxes, found[0], shapes)
+        assert all(torch.equal(one, other) for one, other in zip(second, expected, strict=True))
+        assert not torch.equal(second[0], boxes[0])
+
+
+def test_gradients_of_all_stages_go_through_the_boxes() -> None:
+    """Of losses in stages 4 and 5 alone, through RoIWarp in corrected boxes, to the corrections of stage 3 and to the
+    offsets of stage 1; to corrections by a bounded amount."""
+    module: Any = built(build_mnc, 4, **TINY_MNC).train()
+    heads, shapes = module.roi_heads, [(96, 128)] * 2
+    features = {name: values.detach() for name, values in module.backbone(make_images()).items()}
+    torch.manual_seed(7)
+    proposals, _ = module.rpn(ImageList(make_images(), shapes), features, make_targets())
+    proposals = [image[:8] for image in proposals]
+    first = heads.stages(features, proposals, shapes)
+    moved = heads.corrected(proposals, first, shapes)
+    second = heads.stages(features, moved, shapes)
+    given = [heads.box_deltas.weight, module.rpn.head.bbox_pred.weight]
+    for values in (second.mask_N1MM, second.box_logits_NK, second.mask_logits_NK, second.deltas_NK4):
+        for gradient in torch.autograd.grad(values.square().sum(), given, retain_graph=True):
+            assert bool(gradient.isfinite().all())
+            assert bool(gradient.any())
+    assert first.deltas_NK4 is not None
+    (gradient,) = torch.autograd.grad(1e6 * torch.cat(moved).sum(), first.deltas_NK4, retain_graph=True)
+    assert gradient.abs().max().item() == pytest.approx(1 / 16)
+
+
+def test_five_stages_learn_better_boxes_than_the_first_ones() -> None:
+    """On one batch; the boxes of stage 1 are what they are."""
+    module: Any = built(build_mnc, 4, **{**TINY_MNC, "width": 4, "hidden": 32}).train()
+    module.roi_heads.box_path.dropout.p = module.roi_heads.mask_path.dropout.p = 0.0
+    heads, shapes, targets = module.roi_heads, [(96, 128)] * 2, make_targets()
+    features = {name: values.detach() for name, values in module.backbone(make_images()).items()}
+    # Every object's box, moved to the right by a fifth of its width.
+    near = []
+    for target in targets:
+        boxes = target["boxes"]
+        near.append(boxes + (boxes[:, 2:3] - boxes[:, :1]) / 5 * torch.tensor([1.0, 0, 1, 0]))
+    optimizer = torch.optim.Adam(heads.parameters(), lr=3e-3)
+    values = []
+    for _ in range(60):
+        torch.manual_seed(7)
+        losses = heads(features, near, shapes, targets)[1]
+        optimizer.zero_grad()
+        torch.stack([*losses.values()]).sum().backward()
+        optimizer.step()
+        values.append(losses["loss_box_reg"].item())
+    assert values[-1] < values[0] / 2
+    with torch.inference_mode():
+        moved = heads.corrected(near, heads.stages(features, near, shapes), shapes)
+    for before, after, target in zip(near, moved, targets, strict=True):
+        old, new = (box_iou(boxes, target["boxes"]).diagonal() for boxes in (before, after))
+        assert bool((new > old + 0.1).all())
+
+
+def test_mnc_has_three_stages_or_five() -> None:
+    with pytest.raises(ValueError, match="stages must be 3 or 5, got 4"):
+        build_mnc(4, stages=4)
+    losses = rcnn_losses(built(build_mnc, 4, **TINY_MNC, stages=3).train(), make_images(), FRAMES, make_targets())
+    assert losses["loss_box_reg"] == 0
+    assert losses.keys() == MODELS["mnc"].loss_factors.keys()
