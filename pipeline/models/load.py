@@ -180,7 +180,7 @@ def load_model(config: ModelConfig, *, seed: int, tile_pixels: int, taxonomy: Ta
             if name in options or isinstance(defaults[name], bool | int | float | str | tuple)
         },
         "precision": precision,
-        "tile_pixels": tile_pixels if spec.dense else 0,
+        "tile_pixels": tile_pixels if spec.tiled else 0,
     }
     tta = None if config.tta == TtaConfig() else config.tta
     # Only where there are any: without them the version is what it was before there were such stages.

@@ -185,7 +185,8 @@ class ModelSpec:
         otherwise outputs are places in the taxonomy's list of categories. Labels that it learns from are such outputs.
     prompts: it looks where the sample says: `prompts` of the source reach its frames.
     dense: the output has the input's layout, so that an oversize image can be cut into blended tiles; not where a
-        `postprocess` of its own says what it means.
+        `postprocess` of its own says what it means. fits_tiles: it can be cut nevertheless, as a depth whose tiles are
+        fitted to what the model says of the whole image made small.
     license: of the weights; commercial: False where it forbids commercial use.
     weights: addresses of published ones. extra: of this package, without which it cannot be built.
     """
@@ -205,6 +206,7 @@ class ModelSpec:
     at_step: AtStep | None = None
     background: bool = False
     prompts: bool = False
+    fits_tiles: bool = False
     commercial: bool = True
     paper: str = ""
     weights: tuple[str, ...] = ()
@@ -219,6 +221,11 @@ class ModelSpec:
     @property
     def dense(self) -> bool:
         return self.task in ("semantic", "depth") and self.postprocess is None
+
+    @property
+    def tiled(self) -> bool:
+        """Whether an oversize image is cut into tiles."""
+        return self.dense or self.fits_tiles
 
 
 def find(specs: Mapping[str, ModelSpec], name: str) -> ModelSpec:

@@ -12,7 +12,7 @@ from torch.nn import functional
 from pipeline.config import TtaConfig, WindowConfig
 from pipeline.models.spec import Frame, Preprocess, Task
 from pipeline.stages.prepare import Prepared, resized
-from pipeline.stages.tiling import blend_bands, plan_windows
+from pipeline.stages.tiling import blend_bands, fit_affine, plan_windows
 
 __all__ = ["augmented"]
 
@@ -59,7 +59,8 @@ def augmented(
             values = [values_KHW.softmax(0) for values_KHW in values]
         elif depth_kind != "metric_m":
             reference = reference or values
-            values = [_fitted(*pair) for pair in zip(values, reference, strict=True)]
+            fits = [fit_affine(*pair) for pair in zip(values, reference, strict=True)]
+            values = [(one - mean) * scale + target for one, (mean, scale, target) in zip(values, fits, strict=True)]
         totals = [total + more for total, more in zip(totals, values, strict=True)] if totals else values
     means = [total / len(views) for total in totals]
     if task == "semantic":
@@ -138,12 +139,3 @@ def _as_the_image(values_KHW: Tensor, frame: Frame, mirrored: bool, decoded: boo
     if values_KHW.shape[1:] != size:
         values_KHW = functional.interpolate(values_KHW[None], size=size, mode="bilinear", align_corners=False)[0]
     return values_KHW
-
-
-def _fitted(values_1HW: Tensor, reference_1HW: Tensor) -> Tensor:
-    """Scale and shift to the least squared difference over finite pixels; shift alone where no positive scale helps."""
-    finite_1HW = values_1HW.isfinite() & reference_1HW.isfinite()
-    values_N, reference_N = values_1HW[finite_1HW], reference_1HW[finite_1HW]
-    mean, target = values_N.mean(), reference_N.mean()
-    scale = ((values_N - mean) * (reference_N - target)).sum() / (values_N - mean).square().sum()
-    return (values_1HW - mean) * torch.where((scale > 0) & scale.isfinite(), scale, 1.0) + target

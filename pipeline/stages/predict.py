@@ -1,6 +1,6 @@
 """Run one model on batches of prepared images: budget, out-of-memory retries, tiles, and errors by row."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,9 +12,9 @@ from pipeline.models.load import LoadedModel
 from pipeline.models.postprocess import FROM_DENSE, dense_output, semantic_from_index, semantic_from_logits
 from pipeline.models.spec import Frame, Prediction, Prompts, Quality
 from pipeline.stages.augmented import augmented
-from pipeline.stages.prepare import Prepared, prepare
+from pipeline.stages.prepare import Prepared, prepare, resized
 from pipeline.stages.refine import refine
-from pipeline.stages.tiling import blend_bands, plan_tiles
+from pipeline.stages.tiling import TilePlan, blend_bands, fit_tile, plan_tiles, shrunk_size
 
 __all__ = ["Predict", "choose_device", "default_batch_pixels"]
 
@@ -71,7 +71,7 @@ class Predict:
     def __call__(self, batch: Sequence[Prepared]) -> list[Prediction | RowError]:
         """Predict a batch of one padded shape: a Prediction or the row's error for each image, in order."""
         try:
-            if len(batch) == 1 and self.model.spec.dense and self._view_pixels(batch[0]) > self.tile_pixels:
+            if len(batch) == 1 and self.model.spec.tiled and self._view_pixels(batch[0]) > self.tile_pixels:
                 return [self._tiled(batch[0])]
             return [_checked(prediction) for prediction in self._forward(batch)]
         except RunError:
@@ -94,7 +94,7 @@ class Predict:
             middle = len(batch) // 2
             return self(batch[:middle]) + self(batch[middle:])
         pixels = min(self._view_pixels(batch[0]), self.tile_pixels)
-        if not self.model.spec.dense or pixels <= MIN_TILE_PIXELS:
+        if not self.model.spec.tiled or pixels <= MIN_TILE_PIXELS:
             size = "x".join(map(str, reversed(batch[0].padded)))
             return [ImageTooLargeError(f"out of memory on {self.device} for one input of {size} pixels")]
         self.tile_pixels = max(MIN_TILE_PIXELS, pixels // 2)
@@ -200,7 +200,8 @@ class Predict:
                 return self.model.spec.forward(self._module, values, [item.frame for item in batch])
 
     def _tiled(self, item: Prepared) -> Prediction | RowError:
-        """Blend tiles at the prepared size; labels reach the decoded size by the nearest pixel, depth bilinearly.
+        """Blend tiles at the prepared size; labels reach the decoded size by the nearest pixel, depth bilinearly or as
+        the model's own postprocess has it.
 
         Views are views of a tile. Refining works on the blended whole, whose logits are then in the CPU's memory at
         once (4 bytes for each class and pixel).
@@ -218,6 +219,8 @@ class Predict:
             return self._values([part])[0]
 
         with torch.inference_mode():
+            if not self.model.spec.dense:
+                return _checked(self._fitted(item, plan, tile, tile_pixels))
             if self.model.refine:
                 logits_KHW = torch.cat([band_KhW.cpu() for band_KhW in blend_bands(plan, width, tile)], 1)
                 return _checked(self._prediction(logits_KHW, item))
@@ -232,6 +235,23 @@ class Predict:
             columns = np.minimum((np.arange(frame.width) + 0.5) * width / frame.width, width - 1).astype(np.int64)
             label_HW = label_HW[np.ix_(rows, columns)]
         return _checked(Prediction(label_HW=label_HW, quality=_mean_quality(bands)))
+
+    def _fitted(
+        self, item: Prepared, plan: TilePlan, tile: Callable[[int, int], Tensor], tile_pixels: int
+    ) -> Prediction:
+        """Tiles of depth with the scale and shift of the whole image, which is seen small first."""
+        frame, preprocess = item.frame, self.model.preprocess
+        size = frame.prepared_height, frame.prepared_width
+        small = shrunk_size(*size, tile_pixels=tile_pixels, multiple=preprocess.pad_multiple)
+        image_CHW = resized(item.image_CHW, small, antialias=True)
+        (whole_1hw,) = self._values([Prepared(image_CHW, Frame(*small, *small), preprocess.padded(*small))])
+
+        def fitted(row: int, column: int) -> Tensor:
+            return fit_tile(tile(row, column), whole_1hw, (row, column), size)
+
+        depth_1HW = torch.cat([*blend_bands(plan, size[1], fitted)], 1)
+        (prediction,) = self.model.postprocess(depth_1HW, [frame], self.model.context)
+        return prediction
 
     def _band_predictions(self, bands: Iterator[Tensor], width: int) -> Iterator[Prediction]:
         for values_KhW in bands:

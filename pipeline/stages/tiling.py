@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-__all__ = ["TilePlan", "blend_bands", "plan_tiles", "plan_windows"]
+__all__ = ["TilePlan", "blend_bands", "fit_affine", "fit_tile", "plan_tiles", "plan_windows", "shrunk_size"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,3 +90,53 @@ def blend_bands(plan: TilePlan, width: int, predict_tile: Callable[[int, int], T
         if not last:
             total = torch.cat([total[:, done:], torch.zeros_like(total[:, :done])], dim=1)
             weight_HW = torch.cat([weight_HW[done:], torch.zeros_like(weight_HW[:done])])
+
+
+def shrunk_size(height: int, width: int, *, tile_pixels: int, multiple: int) -> tuple[int, int]:
+    """Height and width of a whole image made small enough for what a tile may have: multiples of `multiple`, so that no
+    padding is near, of nearly the same shape; a side that is shorter than one block stays as it is."""
+    scale = min(1.0, math.sqrt(tile_pixels / (height * width)))
+    while True:
+        blocks = [max(1, int(side * scale / multiple)) for side in (height, width)]
+        if math.prod(blocks) * multiple**2 <= tile_pixels or max(blocks) == 1:
+            return min(height, blocks[0] * multiple), min(width, blocks[1] * multiple)
+        scale *= 0.95
+
+
+def fit_tile(tile_1HW: Tensor, whole_1hw: Tensor, place: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """A tile's depth, of a scale and shift of its own, with those of what was said of the whole image made small, as
+    Miangoleh et al. 2021 (arXiv:2105.14021) fit patches to a base: so neighbours agree, whatever they began with.
+
+    whole_1hw: of all of it. place: row and column of the tile's upper left pixel in the image. size: of the image. Both
+    are compared at a quarter of the whole's resolution, of 8 rows and columns at least: of details the whole shows
+    less, and a fit to them would make the tile flatter.
+    """
+    lengths = tile_1HW.shape[1:]
+    there = [max(1, round(whole_1hw.shape[axis + 1] * lengths[axis] / size[axis])) for axis in (0, 1)]
+    # Where the middles of its pixels are in the whole, whose first and last edges are -1 and 1.
+    centres = [
+        2
+        * ((torch.arange(there[axis], device=tile_1HW.device) + 0.5) * lengths[axis] / there[axis] + place[axis])
+        / size[axis]
+        - 1
+        for axis in (0, 1)
+    ]
+    grid_1hw2 = torch.stack(torch.meshgrid(centres[1], centres[0], indexing="xy"), -1)[None]
+    reference_11hw = functional.grid_sample(whole_1hw[None], grid_1hw2, padding_mode="border", align_corners=False)
+    small = [min(side, max(8, side // 4)) for side in there]
+    pair = [
+        functional.interpolate(values, size=small, mode="bilinear", antialias=True)
+        for values in (tile_1HW[None], reference_11hw)
+    ]
+    mean, scale, target = fit_affine(*pair)
+    return (tile_1HW - mean) * scale + target
+
+
+def fit_affine(values: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """mean, scale and target of which (values - mean) * scale + target has the least squared difference from
+    `reference`, over what is finite in both; a scale of 1 where no positive one helps."""
+    finite = values.isfinite() & reference.isfinite()
+    values_N, reference_N = values[finite], reference[finite]
+    mean, target = values_N.mean(), reference_N.mean()
+    scale = ((values_N - mean) * (reference_N - target)).sum() / (values_N - mean).square().sum()
+    return mean, torch.where((scale > 0) & scale.isfinite(), scale, 1.0), target

@@ -8,13 +8,17 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from tiny_models import TINY
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.config import ModelConfig
 from pipeline.errors import ConfigError, ImageTooLargeError, PredictError, RowError
-from pipeline.models.load import LoadedModel
+from pipeline.models.load import LoadedModel, load_model
 from pipeline.models.postprocess import POSTPROCESS
+from pipeline.models.registry import MODELS
 from pipeline.models.spec import ModelSpec, PostContext, Prediction, Preprocess, Task
+from pipeline.models.zoo.hf_depth_shared import bicubic_depth
 from pipeline.stages.predict import Predict
 from pipeline.stages.prepare import Prepared, prepare
 from pipeline.taxonomy import load_taxonomy
@@ -377,3 +381,120 @@ def test_check_says_what_fails(value: Any) -> None:
 @pytest.mark.parametrize("task", ["semantic", "depth"])
 def test_check_passes_a_model_that_is_right(task: Task) -> None:
     predict(Pointwise(CLASSES if task == "semantic" else 1), task=task).check()
+
+
+# --- tiles of depth
+
+
+class OfATile(Pointwise):
+    """The red channel as disparity, of another scale and shift in every call, as models of relative depth see parts of
+    an image; at half of the input's resolution."""
+
+    def __init__(self, changes: float = 1.0, watch: Callable[[Tensor], None] = lambda _: None) -> None:
+        super().__init__(1, watch)
+        self.changes = changes
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        calls = len(self.shapes)
+        super().forward(image_BCHW)
+        # The first call, of the whole image, is as it is.
+        scale, shift = 1 + self.changes * (calls * 7 % 5), self.changes * 0.3 * (calls * 3 % 4)
+        half_B1HW = functional.avg_pool2d(image_BCHW[:, :1], 2)
+        return functional.interpolate(half_B1HW, scale_factor=2, mode="bilinear")[:, 0] * scale + shift
+
+
+def slope(height: int, width: int) -> npt.NDArray[np.uint8]:
+    """Hills of half of the image's size on a slope: smooth, so that a small copy shows the same."""
+    rows, columns = np.meshgrid(np.linspace(0, 1, height), np.linspace(0, 1, width), indexing="ij")
+    values = 90 + 60 * (rows + columns) + 40 * np.sin(2 * np.pi * columns) * np.sin(2 * np.pi * rows)
+    return np.repeat(values.astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def fitted_worker(module: nn.Module, **options: Any) -> Predict:
+    return predict(module, task="depth", postprocess=bicubic_depth, fits_tiles=True, **options)
+
+
+def depth_of(worker: Predict, picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    (result,) = worker(prepared(worker, [picture]))
+    assert isinstance(result, Prediction), result
+    assert result.depth_HW is not None
+    assert result.depth_HW.shape == picture.shape[:2]
+    return result.depth_HW
+
+
+def steps(depth_HW: npt.NDArray[np.float32]) -> float:
+    """The largest difference between neighbouring pixels."""
+    return float(max(np.abs(np.diff(depth_HW, axis=axis)).max() for axis in (0, 1)))
+
+
+@pytest.mark.parametrize("size", [(704, 896), (208, 2000), (912, 304)])
+def test_depths_of_tiles_have_one_scale_and_no_seams(size: tuple[int, int]) -> None:
+    picture = slope(*size)
+    whole = depth_of(fitted_worker(OfATile()), picture)
+    module = OfATile()
+    tiled = depth_of(fitted_worker(module, tile_pixels=65_536), picture)
+    assert len(module.shapes) > 4
+    assert all(height * width <= 65_536 for _, _, height, width in module.shapes)
+    # 1 / 255 is a step of the image.
+    np.testing.assert_allclose(tiled, whole, atol=1.5 / 255)
+    assert steps(tiled) < steps(whole) + 0.5 / 255
+    # What it would be without: a dense model's tiles are blended as they are.
+    seams = depth_of(predict(OfATile(), task="depth", tile_pixels=65_536), picture)
+    assert np.abs(seams - whole).max() > 100 / 255
+    assert steps(seams) > 2 * steps(tiled)
+
+
+def test_a_model_that_says_of_a_tile_what_it_says_of_the_whole_is_left_alone() -> None:
+    picture = (slope(304, 704) / 2 + images((304, 704))[0] / 4).astype(np.uint8)
+    whole = depth_of(fitted_worker(OfATile(0)), picture)
+    tiled = depth_of(fitted_worker(OfATile(0), tile_pixels=65_536), picture)
+    # Of its noise the small copy shows little, yet nothing is made flatter.
+    assert np.polyfit(tiled.ravel(), whole.ravel(), 1)[0] == pytest.approx(1, abs=0.03)
+    np.testing.assert_allclose(tiled, whole, atol=0.02)
+
+
+def test_a_depth_that_is_too_large_alone_is_tiled() -> None:
+    module = OfATile(watch=out_of_memory_above(100_000))
+    worker = fitted_worker(module)
+    picture = slope(512, 704)
+    depth_HW = depth_of(worker, picture)
+    # In the scale of the first call that had room.
+    scale, shift = np.polyfit(depth_HW.ravel(), picture[..., 0].ravel() / 255, 1)
+    np.testing.assert_allclose(depth_HW * scale + shift, picture[..., 0] / 255, atol=0.02)
+    assert module.shapes[-1][2] * module.shapes[-1][3] <= 100_000
+
+
+def test_a_flat_tile_takes_the_wholes_depth() -> None:
+    picture = slope(400, 704)
+    picture[:, 350:] = 120
+    tiled = depth_of(fitted_worker(OfATile(), tile_pixels=65_536), picture)
+    np.testing.assert_allclose(tiled[20:-20, 450:-20], 120 / 255, atol=2 / 255)
+
+
+def test_tiles_of_depth_reach_the_decoded_size() -> None:
+    preprocess = Preprocess(resize=300, pad_multiple=16, **UNIT)  # type: ignore[arg-type]
+    picture = slope(600, 900)
+    depth_HW = depth_of(fitted_worker(OfATile(), preprocess=preprocess, tile_pixels=65_536), picture)
+    np.testing.assert_allclose(depth_HW, picture[..., 0] / 255, atol=3 / 255)
+
+
+@pytest.mark.parametrize("name", ["dpt_depth", "midas_hybrid", "depth_anything_v2", "depth_anything_v2_metric"])
+def test_transformers_models_of_depth_are_tiled(name: str) -> None:
+    pytest.importorskip("transformers", reason="extra hf")
+    options = {**TINY[name], "resize": 300}
+    model = load_model(ModelConfig(name=name, options=options), seed=0, tile_pixels=65_536)
+    assert model.version != load_model(ModelConfig(name=name, options=options), seed=0, tile_pixels=70_000).version
+    picture = slope(300, 420)
+    worker = Predict(model, device=CPU, batch_pixels=1, tile_pixels=65_536)
+    shapes: list[tuple[int, ...]] = []
+    forward = model.spec.forward
+    watched = dataclasses.replace(
+        model.spec, forward=lambda module, image, frames: shapes.append(image.shape) or forward(module, image, frames)
+    )
+    worker.model = dataclasses.replace(model, spec=watched)
+    depth_HW = depth_of(worker, picture)
+    assert len(shapes) > 2
+    assert all(shape[2] * shape[3] <= 65_536 for shape in shapes)
+    assert np.isfinite(depth_HW).all()
+    assert depth_HW.min() >= 0
+    assert MODELS["zoedepth"].tiled is MODELS["depth_pro"].tiled is False

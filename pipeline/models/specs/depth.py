@@ -19,7 +19,8 @@ METRIC_OUTDOOR = ("Metric-Outdoor-Small", "Metric-Outdoor-Base", "Metric-Outdoor
 
 
 def _whole(max_size: int) -> Preprocess:
-    """For models that resize the image themselves, all of it to one size: only what is far larger is shrunk before."""
+    """For models that resize the image themselves, all of it to one size: only what is far larger is shrunk before, and
+    tiles would need no less memory."""
     return Preprocess(resize=None, max_size=max_size, pad_multiple=1, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
@@ -32,6 +33,7 @@ def _depth_anything(name: str, depth_kind: str, weights: tuple[str, ...], **opti
         adapt=hf_depth_anything.adapt_depth_anything,
         forward=hf_depth_anything.depth_anything,
         postprocess=bicubic_depth,
+        fits_tiles=True,
         preprocess=DEPTH_ANYTHING_518,
         taxonomy="scenes",
         options={"depth_kind": depth_kind, **options},
@@ -62,6 +64,7 @@ SPECS = (
         adapt=hf_depth.adapt_dpt,
         forward=hf_depth.dpt_depth,
         postprocess=bicubic_depth,
+        fits_tiles=True,
         preprocess=DPT_384,
         taxonomy="scenes",
         options={"depth_kind": "inverse_relative"},
@@ -78,6 +81,7 @@ SPECS = (
         adapt=hf_depth.adapt_dpt,
         forward=hf_depth.dpt_depth,
         postprocess=bicubic_depth,
+        fits_tiles=True,
         preprocess=DPT_384,
         taxonomy="scenes",
         options={"depth_kind": "inverse_relative"},

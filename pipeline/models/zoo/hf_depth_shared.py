@@ -6,6 +6,7 @@ Axes: B batch, N images of one size, C channels, H rows, W columns.
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -125,13 +126,14 @@ def by_size(run: Run, image_BCHW: Tensor, frames: Sequence[Frame], *, alone: boo
 def bicubic_depth(output: Any, frames: Sequence[Frame], context: PostContext) -> list[Prediction]:
     """depth_BHW of a padded batch -> one depth map per frame, bicubic as transformers' image processors resize it.
 
-    Not below 0, where bicubic weights can lead. Whole images only: a tile's relative depth has a scale of its own.
+    Not below 0, where bicubic weights can lead, and the shift of a tile.
     """
 
     def resized(depth_11HW: Tensor, size: tuple[int, int]) -> Tensor:
-        return functional.interpolate(depth_11HW, size=size, mode="bicubic", align_corners=False).clamp_min(0)
+        return functional.interpolate(depth_11HW, size=size, mode="bicubic", align_corners=False)
 
-    return _at_image_size(output, frames, context, resized)
+    predictions = _at_image_size(output, frames, context, resized)
+    return [replace(one, depth_HW=None if one.depth_HW is None else one.depth_HW.clip(0)) for one in predictions]
 
 
 def disparity_resized(output: Any, frames: Sequence[Frame], context: PostContext) -> list[Prediction]:
