@@ -142,6 +142,7 @@ class _Reader:
                 threads=threads,
                 targets=any(self.plan.scorers),
                 prompts=self.prompts,
+                refine=[model.refine for model in self.plan.models],
             )
             for place, row in enumerate(work.to_pylist()):
                 item = row_to_work(row, len(self.preprocesses))

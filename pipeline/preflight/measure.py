@@ -89,6 +89,7 @@ def measure(config: LabelConfig | TrainConfig, units: Sequence[Unit], corpus: Co
             parts,
             [model.preprocess for model in models] if labels else [],
             [model.spec.prompts for model in models] if labels else [],
+            [model.refine for model in models] if labels else [],
         )
     except RunError as error:
         found.problem("source", str(error), "make the source readable from where the workers run")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pipeline.config import AnySource
+from pipeline.config import AnySource, RefineStage
 from pipeline.models.spec import Preprocess
 from pipeline.preflight.estimate import Interval, exact, share, total
 from pipeline.preflight.sampling import Corpus, Part
@@ -77,8 +77,9 @@ def survey(
     parts: Sequence[Part],
     preprocesses: Sequence[Preprocess],
     prompts: Sequence[bool],
+    refine: Sequence[Sequence[RefineStage]] = (),
 ) -> Survey:
-    """Read and decode what the parts name. preprocesses, prompts: of each model, as `Decoder` takes them."""
+    """Read and decode what the parts name. preprocesses, prompts, refine: of each model, as `Decoder` takes them."""
     found = Survey()
     threads = torch.get_num_threads()
     # A worker's decoding threads share the cores, so an image's time on one of them is what counts.
@@ -86,7 +87,14 @@ def survey(
     try:
         with ThreadPoolExecutor(1) as pool:
             decoder = Decoder(
-                source, preprocesses, max_pixels=config.max_pixels, pool=pool, threads=1, targets=True, prompts=prompts
+                source,
+                preprocesses,
+                max_pixels=config.max_pixels,
+                pool=pool,
+                threads=1,
+                targets=True,
+                prompts=prompts,
+                refine=refine,
             )
             for part in parts:
                 found.units.append(_unit(decoder, part, found, math.ceil(KEPT_IMAGES / len(parts))))
@@ -141,7 +149,7 @@ def _count(result: UnitSurvey, sample: Sample, decoded: Decoded) -> None:
 
 
 def _kept_bytes(kept: Sequence[tuple[Prepared, ...]]) -> int:
-    return sum(item.image_CHW.nbytes for items in kept for item in items)
+    return sum(item.size_bytes for items in kept for item in items)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,6 +84,7 @@ def _view(item: Prepared, scale: float, mirrored: bool, preprocess: Preprocess) 
         image_CHW=image_CHW.flip(-1) if mirrored else image_CHW,
         frame=replace(frame, prepared_height=size[0], prepared_width=size[1]),
         padded=preprocess.padded(*size),
+        superpixels=(),
     )
 
 

@@ -6,6 +6,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from pipeline.config import RefineStage
 from pipeline.errors import PredictError, RowError
 from pipeline.images import decode_image
 from pipeline.models.spec import Preprocess, Prompts
@@ -13,6 +14,7 @@ from pipeline.prompts import read_prompts
 from pipeline.sources.base import Sample, Source, Unit, UnitEnd, read_unit
 from pipeline.stages.prepare import Prepared, prepare
 from pipeline.stages.stream import map_ordered, read_ahead
+from pipeline.stages.superpixels import with_superpixels
 from pipeline.stages.waits import Waits
 
 __all__ = ["Decoded", "Decoder"]
@@ -51,7 +53,7 @@ class Decoded:
 
     @property
     def size_bytes(self) -> int:
-        pixels = sum(item.image_CHW.nbytes for item in self.prepared if item is not None)
+        pixels = sum(item.size_bytes for item in self.prepared if item is not None)
         return pixels + sum(map(len, self.targets.values()))
 
 
@@ -68,13 +70,16 @@ class Decoder:
         threads: int,
         targets: bool = False,
         prompts: Sequence[bool] = (),
+        refine: Sequence[Sequence[RefineStage]] = (),
     ) -> None:
         """targets: whether they go along with the images. prompts: which of the models, in the order of `preprocesses`,
-        want the samples' prompts in their frames; none of them by default."""
+        want the samples' prompts in their frames; none of them by default. refine: the stages that follow each of them,
+        for which images bring what is found without the model; none by default."""
         self.source = source
         self.targets = targets
         self.preprocesses = tuple(preprocesses)
         self.prompts = tuple(prompts) or (False,) * len(self.preprocesses)
+        self.refine = tuple(refine) or ((),) * len(self.preprocesses)
         self.max_pixels = max_pixels
         self._pool = pool
         self._threads = threads
@@ -127,6 +132,9 @@ class Decoder:
             prepared = tuple(
                 None if sample.position in rows else prepare(image_HWC, preprocess, prompts if wanted else None)
                 for rows, preprocess, wanted in zip(done, self.preprocesses, self.prompts, strict=True)
+            )
+            prepared = tuple(
+                item and with_superpixels(item, stages) for item, stages in zip(prepared, self.refine, strict=True)
             )
         except (RuntimeError, MemoryError, ValueError) as error:  # what resizing raises where a strip becomes a plane
             size = f"{image_HWC.shape[1]}x{image_HWC.shape[0]}"

@@ -112,6 +112,7 @@ class Labeller:
             threads=threads,
             targets=any(plan.scorers),
             prompts=[model.spec.prompts for model in self.models],
+            refine=[model.refine for model in self.models],
         )
 
     def label(self, item: WorkItem) -> Iterator[Window]:

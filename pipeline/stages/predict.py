@@ -161,7 +161,7 @@ class Predict:
         height, width = item.image_CHW.shape[1:]
         for device in dict.fromkeys((self.device, torch.device("cpu"))):
             try:
-                return refine(logits_KHW.to(device), item.image_CHW, self.model.refine)
+                return refine(logits_KHW.to(device), item.image_CHW, self.model.refine, item.superpixels)
             except Exception as error:
                 if not _is_out_of_memory(error):
                     raise

@@ -15,11 +15,20 @@ __all__ = ["Prepared", "prepare", "resized"]
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """One image as one model wants it: image_CHW uint8, resized but not yet padded or normalised."""
+    """One image as one model wants it: image_CHW uint8, resized but not yet padded or normalised.
+
+    superpixels: of image_CHW, one map (int32) for each stage that follows the model and wants them; empty where they
+    have not been looked for (superpixels.py).
+    """
 
     image_CHW: Tensor
     frame: Frame
     padded: tuple[int, int]
+    superpixels: tuple[Tensor, ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        return self.image_CHW.nbytes + sum(superpixel_HW.nbytes for superpixel_HW in self.superpixels)
 
 
 def prepare(image_HWC: npt.NDArray[np.uint8], preprocess: Preprocess, prompts: Prompts | None = None) -> Prepared:

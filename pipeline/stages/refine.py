@@ -13,20 +13,26 @@ from pipeline.stages.superpixels import find_superpixels, mean_probabilities, vo
 __all__ = ["refine"]
 
 
-def refine(logits_KHW: Tensor, image_CHW: Tensor, stages: Sequence[RefineStage]) -> tuple[Tensor, Tensor | None]:
+def refine(
+    logits_KHW: Tensor, image_CHW: Tensor, stages: Sequence[RefineStage], superpixels: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor | None]:
     """Class logits (float32, at the prepared size) and the image as the model saw it (uint8) -> (logits_KHW, index_HW).
 
     logits_KHW: after the last stage that gives probabilities. index_HW: the classes after the last stage, int64 places
     in the list of classes, or None where they are the logits' own. The order of stages is the config's to check.
+    superpixels: the image's, as `with_superpixels` found them; they are looked for where there are none.
     Raises ConfigError where a library is missing.
     """
     index_HW: Tensor | None = None
+    found = iter(superpixels)
     for stage in stages:
         if isinstance(stage, CrfStage):
             logits_KHW = crf(logits_KHW, image_CHW, stage)
             continue
         if isinstance(stage, SuperpixelsStage):
-            superpixel_HW = find_superpixels(image_CHW, stage)
+            superpixel_HW = next(found, None)
+            if superpixel_HW is None:
+                superpixel_HW = find_superpixels(image_CHW, stage)
             if stage.vote == "probabilities":
                 logits_KHW = mean_probabilities(logits_KHW, superpixel_HW)
             else:

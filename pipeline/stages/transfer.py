@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from pipeline import errors
 from pipeline.errors import RowError
@@ -33,6 +34,7 @@ ROWS = pa.schema(
         ("bytes_read", pa.int64()),
         ("faults", pa.list_(pa.string())),
         ("prepared", pa.list_(pa.large_binary())),
+        ("superpixels", pa.list_(pa.list_(pa.large_binary()))),
         ("sizes", pa.list_(pa.list_(pa.int64()))),
         ("prompts", pa.list_(pa.string())),
         ("targets", pa.map_(pa.string(), pa.large_binary())),
@@ -67,11 +69,24 @@ def _row(decoded: Decoded) -> dict[str, Any]:
         "bytes_read": decoded.bytes_read,
         "faults": list(decoded.faults),
         "prepared": [item and item.image_CHW.contiguous().numpy().tobytes() for item in decoded.prepared],
+        "superpixels": [item and [_packed(values_HW) for values_HW in item.superpixels] for item in decoded.prepared],
         "sizes": [item and [item.frame.prepared_height, item.frame.prepared_width] for item in decoded.prepared],
         "prompts": [item and _to_text(item.frame.prompts) for item in decoded.prepared],
         "targets": list(decoded.targets.items()),
         "fields": list(decoded.fields.items()),
     }
+
+
+def _packed(superpixel_HW: Tensor) -> bytes:
+    """In two bytes a pixel where the numbers allow it, as they nearly always do, else in four."""
+    values_HW = superpixel_HW.numpy()
+    kind = np.uint16 if values_HW.max(initial=0) <= np.iinfo(np.uint16).max else np.int32
+    return values_HW.astype(kind).tobytes()
+
+
+def _unpacked(data: bytes, height: int, width: int) -> Tensor:
+    kind = np.uint16 if len(data) == 2 * height * width else np.int32
+    return torch.from_numpy(np.frombuffer(data, kind).reshape(height, width).astype(np.int32))
 
 
 def _to_text(prompts: Prompts | None) -> str | None:
@@ -98,14 +113,15 @@ def _decoded(row: dict[str, Any], preprocesses: tuple[Preprocess, ...]) -> Decod
     if row["error_type"]:
         error = getattr(errors, row["error_type"])(row["error_message"])
     prepared: list[Prepared | None] = []
-    columns = (row["prepared"], row["sizes"], row["prompts"])
-    for pixels, size, text, preprocess in zip(*columns, preprocesses, strict=False):
+    columns = (row["prepared"], row["sizes"], row["prompts"], row["superpixels"])
+    for pixels, size, text, maps, preprocess in zip(*columns, preprocesses, strict=False):
         if pixels is None:
             prepared.append(None)
             continue
         image_CHW = torch.from_numpy(np.frombuffer(pixels, np.uint8).reshape(3, *size).copy())
         frame = Frame(row["height"], row["width"], size[0], size[1], _to_prompts(text))
-        prepared.append(Prepared(image_CHW, frame, preprocess.padded(*size)))
+        superpixels = tuple(_unpacked(data, *size) for data in maps)
+        prepared.append(Prepared(image_CHW, frame, preprocess.padded(*size), superpixels))
     read_s, decode_s, prepare_s = row["seconds"]
     return Decoded(
         image_id=row["image_id"],

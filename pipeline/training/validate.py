@@ -207,6 +207,7 @@ class Validator:
             threads=self._threads,
             targets=True,
             prompts=[self.model.spec.prompts],
+            refine=[self.model.refine],
         )
         for unit, rows, start in zip(
             self.plan.units, self.plan.rows, itertools.accumulate(self.plan.rows, initial=0), strict=False

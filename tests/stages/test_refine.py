@@ -2,7 +2,9 @@
 
 import dataclasses
 import sys
+import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,17 @@ from pipeline.errors import ConfigError, ImageTooLargeError
 from pipeline.masks import decode_label_map
 from pipeline.models.load import LoadedModel, load_model
 from pipeline.models.postprocess import POSTPROCESS
-from pipeline.models.spec import ModelSpec, PostContext, Prediction, Preprocess
+from pipeline.models.spec import Frame, ModelSpec, PostContext, Prediction, Preprocess
+from pipeline.sources.base import UnitEnd
 from pipeline.sources.registry import open_source
+from pipeline.stages.decode import Decoded
 from pipeline.stages.label import Labeller
 from pipeline.stages.predict import Predict
-from pipeline.stages.prepare import prepare
+from pipeline.stages.prepare import Prepared, prepare
 from pipeline.stages.refine import refine
 from pipeline.stages.regions import dissolve_small_regions
-from pipeline.stages.superpixels import find_superpixels, mean_probabilities, vote_labels
+from pipeline.stages.superpixels import find_superpixels, mean_probabilities, vote_labels, with_superpixels
+from pipeline.stages.transfer import pack_windows, unpack_window
 from pipeline.stages.work import LabelPlan, WorkItem
 from pipeline.taxonomy import load_taxonomy
 from pipeline.training.plan import plan_source
@@ -413,6 +418,98 @@ def test_the_worker_refines_what_it_labels(tmp_path: Path) -> None:
         np.testing.assert_array_equal(dissolve_small_regions(label_HW, min_area=12), label_HW)
         assert set(np.unique(label_HW)) <= set(taxonomy.ids)
         assert 0 < row["quality"]["mean_max_probability"] <= 1
+
+
+SUPERPIXELS = [
+    {"kind": "crf", "iterations": 2},
+    {"kind": "superpixels", "segments": 40},
+    {"kind": "superpixels", "method": "felzenszwalb", "vote": "labels", "min_size": 10},
+]
+
+
+def superpixel_plan(folder: Path) -> LabelPlan:
+    model = {"weights": "bundled:unet_small_scenes", "refine": SUPERPIXELS, "tta": {"scales": [1, 1.5]}}
+    return LabelPlan(
+        source=ScenesSource(format="scenes", count=4, width=64, height=48, targets=()),
+        models=(ModelConfig.model_validate(model),),
+        output=OutputConfig(uri=str(folder)),
+        resources=Resources(torch_threads=1, decode_threads=2),
+        versions={},
+        scorers=(None,),
+        run_id="run-1",
+        seed=0,
+    )
+
+
+def superpixel_rows(plan: LabelPlan, labeller: Labeller, stream: Any = None) -> list[dict[str, Any]]:
+    (unit,) = open_source(plan.source).plan()
+    item = WorkItem(index=0, unit=unit, done=((),), attempts=({},))
+    windows = labeller.label(item) if stream is None else labeller.label_decoded(item, stream)
+    files = [file for window in windows for file in window.files]
+    rows = [row for file in files for row in pq.read_table(Path(plan.output.uri) / file.path).to_pylist()]
+    return [{name: value for name, value in row.items() if name != "labeled_at"} for row in rows]
+
+
+def decoded_of(plan: LabelPlan, labeller: Labeller) -> Iterator[Any]:
+    (unit,) = open_source(plan.source).plan()
+    return labeller._decoder.stream(unit, [()])
+
+
+def test_superpixels_are_found_beside_the_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the threads that prepare images; rows are those of a worker whose predicting thread looks for them, bit by
+    bit, and those of images that were prepared elsewhere."""
+    threads: list[str] = []
+
+    def watched(*given: Any) -> Tensor:
+        threads.append(threading.current_thread().name.rsplit("_", 1)[0])
+        return find_superpixels(*given)
+
+    monkeypatch.setattr("pipeline.stages.superpixels.find_superpixels", watched)
+    monkeypatch.setattr("pipeline.stages.refine.find_superpixels", watched)
+    plan = superpixel_plan(tmp_path)
+    labeller = Labeller(plan)
+    beside = superpixel_rows(plan, labeller)
+    assert threads == ["maskmill-cpu"] * 8
+    threads.clear()
+    (window, _), _ = pack_windows(decoded_of(plan, labeller), 9)
+    assert len(threads) == 8
+    elsewhere = superpixel_rows(plan, labeller, unpack_window(window, (labeller.models[0].preprocess,)))
+    assert len(threads) == 8
+    threads.clear()
+    labeller._decoder.refine = ((),)
+    before = superpixel_rows(plan, labeller)
+    assert threads == ["maskmill-device"] * 8
+    assert [row["status"] for row in beside] == ["ok"] * 4
+    assert beside == before == elsewhere
+
+
+def test_packed_superpixels_are_what_they_were() -> None:
+    few = torch.arange(12, dtype=torch.int32).view(3, 4)
+    many = few * 9000
+    item = Prepared(torch.zeros(3, 3, 4, dtype=torch.uint8), Frame(3, 4, 3, 4), (3, 4), (few, many))
+    decoded = Decoded(image_id="a", shard_id="s", position=0, width=4, height=3, prepared=(item, None))
+    (data, _), _ = pack_windows(iter([decoded, UnitEnd(rows=1)]), 9)
+    (again,) = unpack_window(data, (Preprocess(pad_multiple=1),) * 2)
+    assert again.prepared[1] is None
+    assert again.prepared[0] is not None
+    found = again.prepared[0].superpixels
+    assert [values.dtype for values in found] == [torch.int32] * 2
+    assert all(torch.equal(one, other) for one, other in zip(found, (few, many), strict=True))
+    assert decoded.size_bytes == again.size_bytes == 3 * 12 + 2 * 4 * 12
+
+
+def test_superpixels_that_cannot_be_found_are_the_stages_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Tensor:
+        raise ValueError("no superpixels today")
+
+    monkeypatch.setattr("pipeline.stages.superpixels.find_superpixels", broken)
+    monkeypatch.setattr("pipeline.stages.refine.find_superpixels", broken)
+    worker = predict(VOTE)
+    (picture,) = images((40, 60))
+    item = with_superpixels(prepare(picture, worker.model.preprocess), worker.model.refine)
+    assert item.superpixels == ()
+    (result,) = worker([item])
+    assert str(result) == "ValueError: no superpixels today"
 
 
 def validate(config: dict[str, Any]) -> Scores:
