@@ -1,5 +1,7 @@
 """The automatic mask generator: the masks of transformers' pipeline, and its parts by hand."""
 
+import dataclasses
+import inspect
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from transformers import Sam2ImageProcessor, SamImageProcessor
 from transformers.pipelines import MaskGenerationPipeline
 
 from pipeline.masks import decode_rle
+from pipeline.models.registry import MODELS
 from pipeline.models.spec import Frame, Preprocess
 from pipeline.models.zoo.mask_generator import (
     GridOptions,
@@ -23,6 +26,7 @@ from pipeline.models.zoo.mask_generator import (
     mask_boxes,
     point_grid,
     segments_of,
+    takes_grid,
     views,
 )
 from pipeline.models.zoo.sam import Sam, build_sam, build_sam2
@@ -339,3 +343,27 @@ def test_segments_are_tensors() -> None:
 def test_options_that_make_no_sense(options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         GridOptions(**options)
+
+
+def test_options_of_the_grid_are_options_of_what_is_built() -> None:
+    @takes_grid(GridOptions(min_area=7))
+    def build(num_classes: int, size: str = "base", *, grid: GridOptions) -> tuple[int, str, GridOptions]:
+        return num_classes, size, grid
+
+    assert build(3) == (3, "base", GridOptions(min_area=7))
+    assert build(3, "large", points_per_side=4) == (3, "large", GridOptions(min_area=7, points_per_side=4))
+    parameters = inspect.signature(build).parameters
+    fields = [field.name for field in dataclasses.fields(GridOptions)]
+    assert [*parameters] == ["num_classes", "size", *fields]
+    assert (parameters["min_area"].default, parameters["points_per_side"].default) == (7, 32)
+    with pytest.raises(ValueError, match="points_per_side must be 1 or more, got 0"):
+        build(3, points_per_side=0)
+    with pytest.raises(TypeError, match="points"):
+        build(3, points=0)
+
+
+@pytest.mark.parametrize(("name", "iou"), [("sam", 0.88), ("sam2", 0.8), ("sam3", 0.8)])
+def test_the_promptable_models_take_the_same_options(name: str, iou: float) -> None:
+    parameters = inspect.signature(MODELS[name].build).parameters
+    given = {field.name: parameters[field.name].default for field in dataclasses.fields(GridOptions)}
+    assert given == dataclasses.asdict(GridOptions(pred_iou_thresh=iou))

@@ -8,11 +8,14 @@ Axes: B batch, C channels, H rows, W columns, M rows and columns of a low-resolu
 per prompt, S rows and columns of the model's input.
 """
 
+import dataclasses
+import functools
+import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -37,9 +40,11 @@ __all__ = [
     "fill_and_clean",
     "generate",
     "segments_of",
+    "takes_grid",
     "views",
 ]
 
+Built = TypeVar("Built")
 Box = tuple[int, int, int, int]
 Embedding = Sequence[Tensor]
 # What `generate` says of one image: see `segments_of`.
@@ -130,6 +135,28 @@ class GridOptions:
     def points_of(self, layer: int) -> int:
         """Points a side of each crop of a layer."""
         return max(1, int(self.points_per_side / self.crop_points_downscale**layer))
+
+
+def takes_grid(defaults: GridOptions) -> Callable[[Callable[..., Built]], Callable[..., Built]]:
+    """Decorates a `build` that has a parameter `grid`: what is built, and its signature, has the fields of GridOptions
+    as options of their own in its place, with these defaults."""
+    names = [field.name for field in dataclasses.fields(GridOptions)]
+
+    def decorate(build: Callable[..., Built]) -> Callable[..., Built]:
+        @functools.wraps(build)
+        def built(*arguments: Any, **options: Any) -> Built:
+            own = {name: options.pop(name) for name in names if name in options}
+            return build(*arguments, **options, grid=dataclasses.replace(defaults, **own))
+
+        signature = inspect.signature(build)
+        parameters = [parameter for parameter in signature.parameters.values() if parameter.name != "grid"]
+        parameters += [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=getattr(defaults, name)) for name in names
+        ]
+        built.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return built
+
+    return decorate
 
 
 @dataclass(frozen=True)

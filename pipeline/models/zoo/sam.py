@@ -25,11 +25,13 @@ from pipeline.models.zoo.mask_generator import (
     enlarged,
     generate,
     segments_of,
+    takes_grid,
     views,
 )
 
 __all__ = [
     "EXTRA",
+    "SAM2_GRID",
     "Sam",
     "Sam2",
     "adapt_sam",
@@ -81,6 +83,9 @@ SAM2_SIZES: dict[str, dict[str, Any]] = {
         "windows": (8, 4, 16, 8),
     },
 }
+
+# What the authors have for SAM 2.
+SAM2_GRID = GridOptions(pred_iou_thresh=0.8)
 
 
 class Sam(nn.Module):
@@ -147,6 +152,7 @@ class Sam2(Sam):
         return functional.interpolate(logits_NMM[:, None], (height, width), mode="bilinear")[:, 0]
 
 
+@takes_grid(GridOptions())
 def build_sam(
     num_classes: int,
     size: str = "base",
@@ -160,22 +166,13 @@ def build_sam(
     patch_size: int = 16,
     prompt_size: int = 256,
     decoder_mlp: int = 2048,
-    points_per_side: int = 32,
-    points_per_batch: int = 64,
-    crop_layers: int = 0,
-    crop_overlap: float = 512 / 1500,
-    crop_points_downscale: int = 1,
-    pred_iou_thresh: float = 0.88,
-    stability_score_thresh: float = 0.95,
-    stability_score_offset: float = 1.0,
-    box_nms_thresh: float = 0.7,
-    crop_nms_thresh: float = 0.7,
-    min_area: int = 0,
+    *,
+    grid: GridOptions,
 ) -> Sam:
     """Segment Anything (Kirillov et al. 2023, arXiv:2304.02643).
 
     num_classes: not used; masks have no classes. size: base, large or huge, of which hidden_size, layers, heads and
-    global_layers are others where given. mode: `automatic` (every mask, see GridOptions for the options behind it) or
+    global_layers are others where given. mode: `automatic` (every mask; grid: options by the names of GridOptions) or
     `prompts` (one mask for each of the sample's boxes, and one for its points). image_size: of the square input; give
     resize, max_size and pad_multiple the same where it is not 1024. prompt_size: length of the decoder's tokens.
     crop_layers: crops are cut from the prepared image, so they see more only where max_size and resize are larger than
@@ -184,19 +181,6 @@ def build_sam(
     body = _size(SAM_SIZES, size, hidden_size=hidden_size, layers=layers, heads=heads, global_layers=global_layers)
     if image_size % patch_size or image_size < patch_size:
         raise ValueError(f"image_size must be a multiple of patch_size {patch_size}, got {image_size}")
-    grid = GridOptions(
-        points_per_side=points_per_side,
-        points_per_batch=points_per_batch,
-        crop_layers=crop_layers,
-        crop_overlap=crop_overlap,
-        crop_points_downscale=crop_points_downscale,
-        pred_iou_thresh=pred_iou_thresh,
-        stability_score_thresh=stability_score_thresh,
-        stability_score_offset=stability_score_offset,
-        box_nms_thresh=box_nms_thresh,
-        crop_nms_thresh=crop_nms_thresh,
-        min_area=min_area,
-    )
     library = import_extra("transformers", EXTRA)
     config = library.SamConfig(
         vision_config={
@@ -220,6 +204,7 @@ def build_sam(
     return Sam(model, image_size, mode, grid)
 
 
+@takes_grid(SAM2_GRID)
 def build_sam2(
     num_classes: int,
     size: str = "tiny",
@@ -233,24 +218,15 @@ def build_sam2(
     image_size: int = 1024,
     prompt_size: int = 256,
     decoder_mlp: int = 2048,
-    points_per_side: int = 32,
-    points_per_batch: int = 64,
-    crop_layers: int = 0,
-    crop_overlap: float = 512 / 1500,
-    crop_points_downscale: int = 1,
-    pred_iou_thresh: float = 0.8,
-    stability_score_thresh: float = 0.95,
-    stability_score_offset: float = 1.0,
-    box_nms_thresh: float = 0.7,
-    crop_nms_thresh: float = 0.7,
-    min_area: int = 0,
+    *,
+    grid: GridOptions,
 ) -> Sam2:
     """SAM 2 for images (Ravi et al. 2024, arXiv:2408.00714), by default the smallest of its 2.1.
 
     size: tiny, small, base-plus or large, of which hidden_size (of the first stage; it doubles from stage to stage, and
     so do heads), blocks (of the four stages), global_layers (blocks that see the whole image, never the first of a
     stage), windows (of the four stages) and background_size (of the position embeddings' coarse part) are others where
-    given. The rest as in `build_sam`; pred_iou_thresh is what the authors have for SAM 2.
+    given. The rest as in `build_sam`.
     """
     body = _size(
         {name: {"windows": (8, 4, 14, 7), "background_size": 7, **given} for name, given in SAM2_SIZES.items()},
@@ -271,19 +247,6 @@ def build_sam2(
         )
     if image_size % 32 or image_size < 32:
         raise ValueError(f"image_size must be a multiple of 32, got {image_size}")
-    grid = GridOptions(
-        points_per_side=points_per_side,
-        points_per_batch=points_per_batch,
-        crop_layers=crop_layers,
-        crop_overlap=crop_overlap,
-        crop_points_downscale=crop_points_downscale,
-        pred_iou_thresh=pred_iou_thresh,
-        stability_score_thresh=stability_score_thresh,
-        stability_score_offset=stability_score_offset,
-        box_nms_thresh=box_nms_thresh,
-        crop_nms_thresh=crop_nms_thresh,
-        min_area=min_area,
-    )
     model = sam2_model(body, image_size=image_size, prompt_size=prompt_size, decoder_mlp=decoder_mlp)
     return Sam2(model, image_size, mode, grid)
 

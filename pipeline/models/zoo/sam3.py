@@ -21,8 +21,8 @@ from pipeline.errors import PredictError
 from pipeline.models.extras import import_extra
 from pipeline.models.spec import Frame
 from pipeline.models.zoo.clip_text import END, START, clip_tokenizer, letters, read_pieces
-from pipeline.models.zoo.mask_generator import GridOptions, Segments, segments_of, views
-from pipeline.models.zoo.sam import MODEL, VIDEO, Sam2, encoded, segment
+from pipeline.models.zoo.mask_generator import GridOptions, Segments, segments_of, takes_grid, views
+from pipeline.models.zoo.sam import MODEL, SAM2_GRID, VIDEO, Sam2, encoded, segment
 from pipeline.models.zoo.vocabulary import asked, category_names
 from pipeline.taxonomy import Taxonomy
 
@@ -95,6 +95,7 @@ class Sam3(nn.Module):
         return self._read[device]
 
 
+@takes_grid(SAM2_GRID)
 def build_sam3(
     num_classes: int,
     taxonomy: Taxonomy,
@@ -121,17 +122,8 @@ def build_sam3(
     feedforward: int = 2048,
     queries: int = 200,
     decoder_mlp: int = 2048,
-    points_per_side: int = 32,
-    points_per_batch: int = 64,
-    crop_layers: int = 0,
-    crop_overlap: float = 512 / 1500,
-    crop_points_downscale: int = 1,
-    pred_iou_thresh: float = 0.8,
-    stability_score_thresh: float = 0.95,
-    stability_score_offset: float = 1.0,
-    box_nms_thresh: float = 0.7,
-    crop_nms_thresh: float = 0.7,
-    min_area: int = 0,
+    *,
+    grid: GridOptions,
 ) -> Sam3 | Sam2:
     """SAM 3 (Carion et al. 2025, arXiv:2511.16719), for images.
 
@@ -147,8 +139,8 @@ def build_sam3(
 
     hidden_size, layers, heads, mlp_size, global_layers, window_size, patch_size, pretrain_image_size: of the vision
     transformer. image_size: of the square input; give resize, max_size and pad_multiple the same where it is not 1008.
-    prompt_size: width of all that follows. queries: instances of a category at most. The options after decoder_mlp are
-    those of GridOptions.
+    prompt_size: width of all that follows. queries: instances of a category at most. grid: options by the names of
+    GridOptions, for the mode automatic.
 
     Raises ValueError for options that make no sense, ConfigError for a vocab that cannot be read and without the extra.
     """
@@ -183,19 +175,6 @@ def build_sam3(
                 f"masks of mode {mode} have no classes: the taxonomy must have one category, as `objects` has, "
                 f"got {len(taxonomy.categories)} ({taxonomy.name})"
             )
-        grid = GridOptions(
-            points_per_side=points_per_side,
-            points_per_batch=points_per_batch,
-            crop_layers=crop_layers,
-            crop_overlap=crop_overlap,
-            crop_points_downscale=crop_points_downscale,
-            pred_iou_thresh=pred_iou_thresh,
-            stability_score_thresh=stability_score_thresh,
-            stability_score_offset=stability_score_offset,
-            box_nms_thresh=box_nms_thresh,
-            crop_nms_thresh=crop_nms_thresh,
-            min_area=min_area,
-        )
         return Sam2(_tracker(vision, image_size, patch_size, prompt_size, decoder_mlp), image_size, mode, grid)
 
     names = category_names(taxonomy)
