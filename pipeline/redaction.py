@@ -9,11 +9,13 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["HIDDEN", "is_secret_name", "redact_options", "redact_text", "remember", "unsigned"]
+__all__ = ["HIDDEN", "is_secret_name", "redact_options", "redact_text", "remember", "unsigned", "without_secrets"]
 
 HIDDEN = "***"
 # Storage options that say where and how, not who.
 OPEN_OPTIONS = {"anon", "endpoint_url", "region_name", "use_ssl", "verify"}
+# Names of such options as a whole, where they stand among others.
+STORAGE = {"storage", "storage_options"}
 WORDS = {
     "auth", "authorization", "bearer", "cookie", "credential", "credentials", "key", "pass", "passphrase", "passwd",
     "password", "pat", "pwd", "sas", "secret", "sig", "signature", "token",
@@ -72,6 +74,43 @@ def redact_text(text: str) -> str:
 def redact_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Storage options with every value hidden but addresses and switches, and the passwords in those."""
     return {name: _option(name, value) for name, value in options.items()}
+
+
+def without_secrets(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's options as files keep them: without those that hold a credential, which whoever reads the file gives
+    anew, and without credentials in addresses. Numbers stay whatever they are called (`use_mask_token`); of storage
+    options, addresses and switches alone."""
+    kept: dict[str, Any] = {}
+    for name, value in options.items():
+        if is_secret_option(name, value):
+            continue
+        if isinstance(value, Mapping) and name in STORAGE:
+            kept[name] = _without_hidden(redact_options(value))
+        else:
+            kept[name] = _without_secrets(value)
+    return kept
+
+
+def is_secret_option(name: str, value: Any) -> bool:
+    """Whether an option is a credential: by its name, where it is text or not given."""
+    texts = value if isinstance(value, list | tuple) and value else (value,)
+    return is_secret_name(name) and all(text is None or isinstance(text, str) for text in texts)
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return without_secrets(value)
+    if isinstance(value, list | tuple):
+        return type(value)(_without_secrets(item) for item in value)
+    return redact_text(value) if isinstance(value, str) else value
+
+
+def _without_hidden(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_hidden(value) if isinstance(value, Mapping) else value
+        for name, value in options.items()
+        if value != HIDDEN
+    }
 
 
 def unsigned(address: str) -> str:

@@ -1,5 +1,6 @@
 """Small models of the tasks that the registry has no small model for, as a user would bring them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,6 +56,38 @@ def build_instances(num_classes: int) -> nn.Module:
     return module
 
 
+class Secretive(UNetSmall):
+    """Says in its errors what it was given; a black image is one."""
+
+    def __init__(self, num_classes: int, said: str) -> None:
+        super().__init__(num_classes, width=4, depth=2)
+        self.said = said
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        if not self.training and not image_BCHW.any():
+            raise RuntimeError(self.said)
+        return super().forward(image_BCHW)
+
+
+def build_secretive(
+    num_classes: int,
+    hf_token: str = "",
+    storage: Mapping[str, Any] | None = None,
+    vocab: str = "",
+    use_mask_token: bool = True,
+    parts: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    return Secretive(num_classes, f"cannot reach it with {hf_token}, {storage}, {vocab}, {parts}")
+
+
+SECRETIVE = ModelSpec(
+    name="secretive",
+    task="semantic",
+    build=build_secretive,
+    preprocess=Preprocess(pad_multiple=4, mean=(0.0, 0.0, 0.0)),
+    taxonomy="scenes",
+    license="Apache-2.0",
+)
 DEPTH = ModelSpec(
     name="depth_small",
     task="depth",

@@ -17,7 +17,7 @@ from pipeline.models.postprocess import POSTPROCESS, POSTPROCESS_VERSION
 from pipeline.models.registry import find_model, import_spec
 from pipeline.models.spec import ModelSpec, PostContext, Postprocess, Preprocess
 from pipeline.models.weights import CheckpointSpec, checkpoint_spec, fingerprint, load_weights, require_known
-from pipeline.redaction import redact_text
+from pipeline.redaction import redact_text, remember, without_secrets
 from pipeline.taxonomy import Taxonomy, build_taxonomy, load_taxonomy
 
 __all__ = ["LoadedModel", "check_models", "find_spec", "find_taxonomy", "load_model", "stored_spec"]
@@ -143,6 +143,7 @@ def load_model(config: ModelConfig, *, seed: int, tile_pixels: int, taxonomy: Ta
     if checkpoint and checkpoint["model"] != spec.name:
         raise CheckpointError(f"{config.weights} holds a {checkpoint['model']}, the config asks for {spec.name}")
     options = {**(spec.options or {}), **checkpoint.get("options", {}), **config.options}
+    remember(options)
     defaults = {name: parameter.default for name, parameter in inspect.signature(spec.build).parameters.items()}
     build_options = set(defaults) - {"num_classes", "taxonomy", "args", "kwargs"}
     require_known(options, PREPROCESS_OPTIONS | POST_OPTIONS | RUN_OPTIONS | build_options, where)
@@ -173,12 +174,14 @@ def load_model(config: ModelConfig, *, seed: int, tile_pixels: int, taxonomy: Ta
         "taxonomy": [[c.id, c.name] for c in taxonomy.categories],
         "preprocess": dataclasses.asdict(preprocess),
         "context": {name: getattr(context, name) for name in sorted(POST_OPTIONS)},
-        # With the defaults, so that a default written out is no other model.
-        "options": {
-            name: options.get(name, defaults[name])
-            for name in sorted(build_options)
-            if name in options or isinstance(defaults[name], bool | int | float | str | tuple)
-        },
+        # With the defaults, so that a default written out is no other model; nor is another credential.
+        "options": without_secrets(
+            {
+                name: options.get(name, defaults[name])
+                for name in sorted(build_options)
+                if name in options or isinstance(defaults[name], bool | int | float | str | tuple)
+            }
+        ),
         "precision": precision,
         "tile_pixels": tile_pixels if spec.tiled else 0,
     }

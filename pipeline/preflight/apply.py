@@ -11,6 +11,7 @@ import yaml
 
 from pipeline.configfile import load_overrides, load_yaml
 from pipeline.errors import ConfigError, StorageError
+from pipeline.redaction import is_secret_name
 
 __all__ = ["applied", "default_path", "write_copy"]
 
@@ -29,11 +30,11 @@ def default_path(config: str) -> Path:
 def applied(text: str, overrides: Sequence[str], resources: Mapping[str, Any]) -> tuple[str, list[str]]:
     """The config's text with overrides and `resources` in it, and the fields of overrides that were left out.
 
-    Left out are storage options: what is given on a command line to keep it out of files stays out. Top-level sections
-    that change are written anew, at their places; all else stays as it is written, comments too. Where that does not
-    read as what it should be, all of it is written anew. Raises ConfigError.
+    Left out are storage options and credentials: what is given on a command line to keep it out of files stays out.
+    Top-level sections that change are written anew, at their places; all else stays as it is written, comments too.
+    Where that does not read as what it should be, all of it is written anew. Raises ConfigError.
     """
-    kept = [item for item in overrides if not _is_storage(item)]
+    kept = [item for item in overrides if not _is_secret(item)]
     before = load_yaml(text, "the config") or {}
     after = load_overrides(kept, load_yaml(text, "the config") or {})
     after["resources"] = {**(after.get("resources") or {}), **resources}
@@ -45,11 +46,12 @@ def applied(text: str, overrides: Sequence[str], resources: Mapping[str, Any]) -
         same = False
     if not same:
         result = f"{MADE}\n{_dump(after)}"
-    return result, [item.partition("=")[0] for item in overrides if _is_storage(item)]
+    return result, [item.partition("=")[0] for item in overrides if _is_secret(item)]
 
 
-def _is_storage(override: str) -> bool:
-    return "storage" in override.partition("=")[0].split(".")
+def _is_secret(override: str) -> bool:
+    fields = override.partition("=")[0].split(".")
+    return "storage" in fields or any(is_secret_name(field) for field in fields)
 
 
 def _edited(text: str, changed: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from pipeline.models.licences import licence
 from pipeline.models.load import LoadedModel, find_spec, find_taxonomy, load_model, stored_spec
 from pipeline.models.spec import ModelSpec, Preprocess
 from pipeline.models.weights import read_weights
+from pipeline.redaction import without_secrets
 from pipeline.taxonomy import Taxonomy
 from pipeline.training.augment import AugmentOptions
 from pipeline.training.border import BorderWeights
@@ -68,14 +69,17 @@ def start_model(config: TrainConfig) -> tuple[LoadedModel, list[str]]:
 
 
 def model_spec(config: TrainConfig, model: LoadedModel) -> dict[str, Any]:
-    """What of spec.json says which model it is; `load_model` builds the same from it, and from it alone."""
+    """What of spec.json says which model it is; `load_model` builds the same from it, and from it alone, but for
+    credentials among the options, which no file holds."""
     stored = stored_spec(config.model)
     # With the defaults written out: a later version may have others.
     parameters = inspect.signature(model.spec.build).parameters.values()
     defaults = {
         item.name: item.default for item in parameters if isinstance(item.default, bool | int | float | str | tuple)
     }
-    options = {**defaults, **(model.spec.options or {}), **stored.get("options", {}), **config.model.options}
+    options = without_secrets(
+        {**defaults, **(model.spec.options or {}), **stored.get("options", {}), **config.model.options}
+    )
     preprocess = {name: getattr(model.preprocess, name) for name in Preprocess.__dataclass_fields__}
     # What begins with weights for research alone stays for research alone.
     license_text, commercial = licence(model.spec, config.model.weights, stored)

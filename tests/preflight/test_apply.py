@@ -47,12 +47,18 @@ def test_the_copy_is_the_config_with_the_proposal_and_its_comments(tmp_path: Pat
     assert copy.index("resources:") < copy.index("models:")
 
 
-def test_overrides_are_in_the_copy_but_for_storage_options(tmp_path: Path) -> None:
-    overrides = ["source.count=9", "seed=4", "output.storage.secret=hush-hush-hush", "models.0.storage.key=hidden-key"]
+def test_overrides_are_in_the_copy_but_for_storage_options_and_credentials(tmp_path: Path) -> None:
+    overrides = [
+        "source.count=9",
+        "seed=4",
+        "output.storage.secret=hush-hush-hush",
+        "models.0.storage.key=hidden-key",
+        "models.0.options.hf_token=hidden-token",
+    ]
     copy, left_out = applied(TEXT, overrides, VALUES)
     config = load(copy, tmp_path)
     assert (config.source.count, config.seed) == (9, 4)  # type: ignore[union-attr]
-    assert left_out == ["output.storage.secret", "models.0.storage.key"]
+    assert left_out == ["output.storage.secret", "models.0.storage.key", "models.0.options.hf_token"]
     assert "hush" not in copy
     assert "hidden" not in copy
 

@@ -1,19 +1,31 @@
 """What a run's config becomes: losses by class, borders between objects, a checkpoint that says all of its model."""
 
+import inspect
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from training_helpers import CPU, config
+from training_helpers import CPU, config, run_loop
 
-from pipeline.config import ModelConfig
+from pipeline.config import LabelConfig, ModelConfig, OutputConfig, Resources, ScenesSource
 from pipeline.config_train import TrainConfig
+from pipeline.configfile import redacted
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models.load import load_model
+from pipeline.models.registry import MODELS
+from pipeline.redaction import without_secrets
+from pipeline.sources.base import UnitEnd
+from pipeline.sources.registry import open_source
+from pipeline.stages.decode import Decoded
+from pipeline.stages.label import Labeller
+from pipeline.stages.prepare import prepare
+from pipeline.stages.work import LabelPlan, WorkItem
 from pipeline.taxonomy import build_taxonomy, load_taxonomy
 from pipeline.training.border import BorderWeights
 from pipeline.training.checkpoint import CheckpointStore
@@ -190,3 +202,89 @@ def test_bundled_label_spaces_are_stored_whole_too(taxonomy: str | None, tmp_pat
     assert stored["name"] == expected.name
     assert build_taxonomy(stored, "spec.json") == expected
     assert load_model(ModelConfig(weights=folder), seed=1, tile_pixels=2**22).version == start_model(given)[0].version
+
+
+HIDDEN_WORDS = ("t0ken-0f-the-hub", "st0rage-s3cret", "passw0rd-of-it", "s1gnature-of-it", "p4rt-api-key", "acc0unt")
+SECRET_OPTIONS: dict[str, Any] = {
+    "hf_token": HIDDEN_WORDS[0],
+    "storage": {
+        "secret": HIDDEN_WORDS[1],
+        "account": HIDDEN_WORDS[5],
+        "anon": False,
+        "client_kwargs": {"endpoint_url": f"http://u:{HIDDEN_WORDS[2]}@minio:9000"},
+    },
+    "vocab": f"https://u:{HIDDEN_WORDS[2]}@host/vocab.json?n=1&sig={HIDDEN_WORDS[3]}",
+    "use_mask_token": False,
+    "parts": {"api_key": HIDDEN_WORDS[4], "layers": 3, "pad_token_id": 7},
+}
+
+
+def test_no_credential_of_the_options_is_in_what_a_run_leaves(tmp_path: Path) -> None:
+    """Neither in spec.json nor in a checkpoint's state, history or pictures, whoever goes on from it."""
+    model = {"spec": "training_models:SECRETIVE", "options": SECRET_OPTIONS}
+    given = config(tmp_path / "run", model=model, checkpoint={"every_steps": 2})
+    loop, _ = run_loop(given)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len([path for path in files if path.name == "spec.json"]) >= 2
+    for path in files:
+        data = path.read_bytes()
+        assert [word for word in HIDDEN_WORDS if word.encode() in data] == [], path
+    spec = json.loads((tmp_path / "run" / "checkpoint" / "spec.json").read_text())
+    assert spec["options"] == {
+        "storage": {"anon": False, "client_kwargs": {"endpoint_url": "http://u:***@minio:9000"}},
+        "vocab": "https://u:***@host/vocab.json?n=1&sig=***",
+        "use_mask_token": False,
+        "parts": {"layers": 3, "pad_token_id": 7},
+    }
+    # Whoever gives them anew has the same model, whatever they are, and so has whoever does without.
+    stored = str(tmp_path / "run" / "checkpoint")
+    versions = {
+        load_model(
+            ModelConfig(weights=stored, spec="training_models:SECRETIVE", options=options), seed=0, tile_pixels=1 << 20
+        ).version
+        for options in ({}, SECRET_OPTIONS, {"hf_token": "another-token"}, {"hf_token": ""})
+    }
+    assert len(versions) == 1
+    other = ModelConfig(weights=stored, spec="training_models:SECRETIVE", options={"use_mask_token": True})
+    assert load_model(other, seed=0, tile_pixels=1 << 20).version not in versions
+    # A checkpoint of a version that kept them is no way in either.
+    again = given.model_copy(
+        update={"model": ModelConfig(weights=stored, spec="training_models:SECRETIVE", options=SECRET_OPTIONS)}
+    )
+    assert model_spec(again, loop.model)["options"] == spec["options"]
+
+
+def test_no_credential_of_the_options_is_in_the_table(tmp_path: Path) -> None:
+    source = ScenesSource.model_validate({"format": "scenes", "count": 1, "width": 64, "height": 48, "targets": ()})
+    model = ModelConfig(spec="training_models:SECRETIVE", options=SECRET_OPTIONS)
+    plan = LabelPlan(
+        source=source,
+        models=(model,),
+        output=OutputConfig(uri=str(tmp_path)),
+        resources=Resources(torch_threads=1, decode_threads=1),
+        versions={},
+        scorers=(None,),
+        run_id="run",
+        seed=0,
+    )
+    labeller = Labeller(plan)
+    black = prepare(np.zeros((48, 64, 3), np.uint8), labeller.models[0].preprocess)
+    decoded = Decoded(image_id="a", shard_id="s", position=0, width=64, height=48, prepared=(black,))
+    (unit,) = open_source(source).plan()
+    item = WorkItem(index=0, unit=unit, done=((),), attempts=({},))
+    windows = [*labeller.label_decoded(item, iter([decoded, UnitEnd(rows=1)]))]
+    (file,) = (file for window in windows for file in window.files)
+    (row,) = pq.read_table(tmp_path / file.path).to_pylist()
+    assert row["error_message"].startswith("RuntimeError: cannot reach it with ***, ")
+    run = LabelConfig.model_validate({"source": source, "models": [model], "output": {"uri": str(tmp_path)}})
+    text = json.dumps([row, redacted(run), labeller.models[0].describe()], default=str)
+    # An account's name is hidden by its place alone, which an error's text does not tell.
+    assert [word for word in HIDDEN_WORDS[:-1] if word in text] == []
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_option_of_a_model_is_taken_for_a_credential(name: str) -> None:
+    spec = MODELS[name]
+    given = {item.name: item.default for item in inspect.signature(spec.build).parameters.values()}
+    given = {key: value for key, value in {**given, **(spec.options or {})}.items() if value is not inspect._empty}
+    assert without_secrets(given) == given
