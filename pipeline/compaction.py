@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 
 from pipeline.rows import PREDICTIONS
 from pipeline.schema import MODEL
-from pipeline.table import FileRecord, RowTable, merge_files
+from pipeline.table import RowTable
+from pipeline.tablefiles import FileRecord, merge_files
 from pipeline.units import UnitLog
 
 __all__ = ["Compacted", "compact", "groups"]

@@ -32,7 +32,8 @@ from pipeline.runfile import SCORES_FOLDER, code_version, write_progress, write_
 from pipeline.stages.work import STAGES, Window, WorkItem
 from pipeline.status import Counts, table_counts
 from pipeline.storage import join
-from pipeline.table import FileRecord, RowTable
+from pipeline.table import RowTable
+from pipeline.tablefiles import FileRecord
 from pipeline.units import UnitLog, row_to_unit
 
 __all__ = ["WORK", "Run", "output_of", "row_to_work"]

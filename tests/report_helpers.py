@@ -24,7 +24,8 @@ from pipeline.sources.base import Sample, read_unit
 from pipeline.sources.scenes import Scenes
 from pipeline.stages.score import Scorer
 from pipeline.storage import join, open_fs
-from pipeline.table import RowTable, file_schema, write_file
+from pipeline.table import RowTable
+from pipeline.tablefiles import file_schema, write_file
 from pipeline.targets import read_label_map
 from pipeline.taxonomy import Category, Taxonomy, load_taxonomy
 

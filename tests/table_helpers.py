@@ -7,7 +7,8 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.schema import FAILED, OK
-from pipeline.table import FILE_SCHEMA, FileRecord, RowTable, write_file
+from pipeline.table import RowTable
+from pipeline.tablefiles import FILE_SCHEMA, FileRecord, write_file
 
 TIME = datetime(2024, 5, 6, 7, 8, 9, 123456, tzinfo=UTC)
 

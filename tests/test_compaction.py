@@ -1,6 +1,5 @@
 """Compaction: the same rows in fewer files, whatever dies in between, and everything known of the table stays known."""
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from pipeline.rows import PREDICTIONS
 from pipeline.runfile import write_run
 from pipeline.sources.base import Sample
 from pipeline.sources.table import TableTargets
-from pipeline.table import RowTable, file_stats, merge_files, merge_stats, write_file
+from pipeline.table import RowTable
+from pipeline.tablefiles import merge_files, write_file
 
 VERSIONS = {"m": "v1", "n": "w"}
 
@@ -197,12 +197,6 @@ def test_rows_that_are_missing_in_a_file_stop_it(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="expected 3 rows in 2 files as the log says, got 2"):
         compact(uri, {}, keep_hours=0)
     assert len(RowTable.open(uri, {}).files()) == 2
-
-
-def test_statistics_of_parts_are_those_of_the_whole() -> None:
-    parts = [make_rows("b", range(3), failed={1}), make_rows("a", [7]), make_rows("c", [0], failed={0})]
-    merged = merge_stats([json.loads(file_stats(part)) for part in parts])
-    assert merged == json.loads(file_stats(pa.concat_tables(parts)))
 
 
 def test_a_compacted_table_still_serves_as_targets(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The prediction table: what is committed is there, once; what is not does not exist; readers see every row."""
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,14 @@ import pyarrow.compute as pc
 import pytest
 from pyroaring import BitMap
 from s3_endpoint import S3
-from table_helpers import TIME, keys, make_rows, put
+from table_helpers import keys, make_rows, put
 
 from pipeline import deltalog
 from pipeline.errors import SchemaError, StorageError
 from pipeline.rows import LATER, PREDICTIONS
 from pipeline.schema import MODEL
-from pipeline.table import FILE_SCHEMA, RowTable, file_stats, write_file
+from pipeline.table import RowTable
+from pipeline.tablefiles import write_file
 
 ODD_NAMES = [
     "it's/shard.tar",
@@ -442,20 +442,6 @@ def test_duckdb_reads_the_folder_by_a_pattern(table: RowTable, uri: str, tmp_pat
     query = f"select model, status, count(*) from read_parquet('{plain}/model=*/*.parquet', hive_partitioning=true)"
     found = duckdb.execute(query + " group by all order by all").fetchall()
     assert found == [("m", "failed", 1), ("m", "ok", 2), ("n", "failed", 2)]
-
-
-def test_statistics_bound_every_plain_column() -> None:
-    rows = make_rows("a", range(3), quality={**QUALITY, "mean_entropy": float("nan")}, failed={1})
-    stats = json.loads(file_stats(rows), parse_constant=pytest.fail)
-    assert stats["numRecords"] == 3
-    plain = {field.name for field in FILE_SCHEMA if not pa.types.is_nested(field.type)}
-    assert set(stats["minValues"]) == set(stats["maxValues"]) == set(stats["nullCount"]) == plain
-    assert (stats["minValues"]["position"], stats["maxValues"]["position"]) == (0, 2)
-    assert stats["minValues"]["labeled_at"] == TIME.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-    assert (stats["minValues"]["status"], stats["maxValues"]["status"]) == ("failed", "ok")
-    assert stats["nullCount"]["error_type"] == 2
-    without = json.loads(file_stats(make_rows("a", range(3))))
-    assert plain - set(without["minValues"]) == {"error_type", "error_stage", "error_message", "attempts"}
 
 
 def test_a_log_with_checkpoints_says_the_same(table: RowTable, uri: str) -> None:

@@ -10,7 +10,7 @@ from ray.data import Dataset
 
 from pipeline.dataflow.cluster import ray_errors
 from pipeline.stages.work import Note, Window
-from pipeline.table import FileRecord
+from pipeline.tablefiles import FileRecord
 
 __all__ = ["iter_windows", "window_to_table"]
 

@@ -11,7 +11,7 @@ from pipeline.observe.log import EventLog
 from pipeline.observe.metrics import Metrics, NoMetrics
 from pipeline.observe.stalls import Stalls, attribute, metric_seconds
 from pipeline.stages.work import FAILED_ROW, Window
-from pipeline.table import FileRecord
+from pipeline.tablefiles import FileRecord
 
 __all__ = ["Observer"]
 

@@ -24,7 +24,8 @@ from pipeline.runfile import read_run
 from pipeline.schema import MODEL, OK
 from pipeline.sources.base import Sample, Unit
 from pipeline.storage import join, open_fs, storage_errors
-from pipeline.table import RowTable, row_groups_of
+from pipeline.table import RowTable
+from pipeline.tablefiles import row_groups_of
 from pipeline.taxonomy import build_taxonomy
 from pipeline.units import PLAN
 

@@ -19,7 +19,7 @@ from pipeline.stages.predict import choose_device
 from pipeline.stages.score import Scorer
 from pipeline.stages.work import STAGES, LabelPlan, WorkItem
 from pipeline.storage import join, open_fs
-from pipeline.table import FILE_SCHEMA
+from pipeline.tablefiles import FILE_SCHEMA
 
 __all__ = ["Rehearsal", "first_positions", "rehearse"]
 

@@ -20,7 +20,7 @@ from pipeline.sources.registry import open_source
 from pipeline.stages.score import Scorer, score_key
 from pipeline.stages.stream import Members
 from pipeline.stages.work import Window, WorkItem
-from pipeline.table import FileRecord, file_schema, write_file
+from pipeline.tablefiles import FileRecord, file_schema, write_file
 
 __all__ = ["STRANGERS", "EvaluatePlan", "Evaluator"]
 

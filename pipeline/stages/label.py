@@ -33,7 +33,7 @@ from pipeline.stages.score import Scorer, score_key, unscored
 from pipeline.stages.stream import Members
 from pipeline.stages.waits import Span, Waits, idle_by_cause
 from pipeline.stages.work import FAILED_ROW, RETRY, STAGES, LabelPlan, Note, Window, WorkItem
-from pipeline.table import FILE_SCHEMA, write_file
+from pipeline.tablefiles import FILE_SCHEMA, write_file
 
 __all__ = ["Labeller", "thread_count"]
 

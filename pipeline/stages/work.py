@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pipeline.config import ModelConfig, OutputConfig, Resources, SourceConfig
 from pipeline.sources.base import Unit
 from pipeline.stages.score import Scorer
-from pipeline.table import FileRecord
+from pipeline.tablefiles import FileRecord
 
 __all__ = ["FAILED_ROW", "RETRY", "STAGES", "LabelPlan", "Note", "Window", "WorkItem"]
 

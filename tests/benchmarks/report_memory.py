@@ -28,7 +28,8 @@ from pipeline.metrics.score import SCORE
 from pipeline.report.report import ReportOptions, write_report
 from pipeline.report.rows import open_scored
 from pipeline.rows import SCORES
-from pipeline.table import RowTable, file_schema, write_file
+from pipeline.table import RowTable
+from pipeline.tablefiles import file_schema, write_file
 from pipeline.taxonomy import load_taxonomy
 
 TESTS = Path(__file__).resolve().parents[1]

@@ -50,7 +50,8 @@ from pipeline.sources.base import Unit  # noqa: E402
 from pipeline.sources.registry import open_source  # noqa: E402
 from pipeline.stages.work import Window  # noqa: E402
 from pipeline.status import table_counts  # noqa: E402
-from pipeline.table import FILE_SCHEMA, RowTable, write_file  # noqa: E402
+from pipeline.table import RowTable  # noqa: E402
+from pipeline.tablefiles import FILE_SCHEMA, write_file  # noqa: E402
 from pipeline.units import UnitLog, plan_table  # noqa: E402
 
 MODEL = {"label": "null_model", "version": "0123456789abcdef"}

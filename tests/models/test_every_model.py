@@ -32,7 +32,7 @@ from pipeline.stages.label import Labeller
 from pipeline.stages.predict import Predict
 from pipeline.stages.prepare import prepare
 from pipeline.stages.work import LabelPlan, WorkItem
-from pipeline.table import FILE_SCHEMA
+from pipeline.tablefiles import FILE_SCHEMA
 from pipeline.training.augment import Example, make_example
 from pipeline.training.batch import MicroBatch, collate
 from pipeline.training.optim import OptimizerOptions, build_optimizer

@@ -13,7 +13,7 @@ from pipeline.observe.cost import ClusterSize, CostMeter
 from pipeline.observe.log import EventLog
 from pipeline.observe.observer import Observer
 from pipeline.stages.work import FAILED_ROW, RETRY, Note, Window
-from pipeline.table import FileRecord
+from pipeline.tablefiles import FileRecord
 
 
 def file(rows: int, failed: int = 0, model: str = "m") -> FileRecord:

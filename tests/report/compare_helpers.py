@@ -27,7 +27,8 @@ from pipeline.report.compare.comparison import CompareOptions, write_comparison
 from pipeline.report.rows import ScoredTable, open_scored
 from pipeline.rows import PREDICTIONS
 from pipeline.sources.scenes import render_scene
-from pipeline.table import RowTable, file_schema, write_file
+from pipeline.table import RowTable
+from pipeline.tablefiles import file_schema, write_file
 from pipeline.taxonomy import Taxonomy
 
 KINDS = ("semantic", "panoptic", "detection", "depth")

@@ -41,7 +41,7 @@ from pipeline.stages.label import Labeller
 from pipeline.stages.score import Scorer
 from pipeline.stages.transfer import pack_windows, unpack_window
 from pipeline.stages.work import STAGES, LabelPlan, Window, WorkItem
-from pipeline.table import FILE_SCHEMA
+from pipeline.tablefiles import FILE_SCHEMA
 from pipeline.taxonomy import load_taxonomy
 
 # Trained weights, because random ones say one class everywhere.
