@@ -22,12 +22,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Schema, Transaction
-from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.exceptions import CommitFailedError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 from pyroaring import BitMap
 
 from pipeline import deltalog
-from pipeline.errors import RunError, SchemaError, StorageError
+from pipeline.deltacalls import TAKEN_OVER, delta_errors, patiently
+from pipeline.errors import SchemaError, StorageError
 from pipeline.rows import LATER, PREDICTIONS
 from pipeline.schema import FAILED, MODEL
 from pipeline.storage import delta_options, join, open_fs, storage_errors
@@ -35,7 +36,6 @@ from pipeline.tablefiles import FileRecord, as_written, file_schema, stats_colum
 
 __all__ = [
     "RowTable",
-    "delta_errors",
 ]
 
 log = logging.getLogger(__name__)
@@ -50,36 +50,8 @@ COMMITS_PER_CHECKPOINT = 100
 FILES_PER_CHECKPOINT = 0.1
 REWRITES_AT_ONCE = 16
 REWRITES_PER_COMMIT = 200
-TAKEN_OVER = "another run has taken over this table, so this one stops"
 OLD_LISTING = "the storage lists its log as it was before this run's last commit; run the same command again"
 QUIET = PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False)
-
-
-class delta_errors:  # noqa: N801  (used as a context manager, like contextlib's)
-    """Raise what deltalake raises as a StorageError that says where."""
-
-    def __init__(self, where: str) -> None:
-        self.where = where
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, RunError):
-            return
-        if isinstance(error, CommitFailedError):
-            raise StorageError(f"{self.where}: {TAKEN_OVER}") from error
-        if isinstance(error, DeltaError | OSError):
-            raise StorageError(f"{self.where}: {_tidy(str(error))}") from error
-
-
-def _tidy(text: str) -> str:
-    """The object store's words without terminal colours, and its XML answer down to code and message."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    code, message = (re.search(f"<{tag}>(.*?)</{tag}>", plain) for tag in ("Code", "Message"))
-    if code:
-        return f"{code[1]}: {message[1]}" if message else code[1]
-    return " ".join(plain.split())[:400]
 
 
 class RowTable:
@@ -108,25 +80,31 @@ class RowTable:
         """
         kind = "prediction" if schema is PREDICTIONS else "score"
         where = f"output {uri}"
-        with delta_errors(where):
-            if create:
-                table = DeltaTable.create(
+        options = delta_options(storage)
+        if create:
+            configuration = {
+                "delta.checkpointInterval": "100",
+                "delta.dataSkippingStatsColumns": ",".join(stats_columns(schema)),
+            }
+            table = patiently(
+                where,
+                lambda: DeltaTable.create(
                     _delta_uri(uri),
                     schema=schema,
                     partition_by=[MODEL],
                     mode="ignore",
                     name=f"maskmill {kind}s",
-                    configuration={
-                        "delta.checkpointInterval": "100",
-                        "delta.dataSkippingStatsColumns": ",".join(stats_columns(schema)),
-                    },
-                    storage_options=delta_options(storage),
-                )
-            else:
-                try:
-                    table = DeltaTable(_delta_uri(uri), storage_options=delta_options(storage))
-                except TableNotFoundError as error:
+                    configuration=configuration,
+                    storage_options=options,
+                ),
+            )
+        else:
+            try:
+                table = patiently(where, lambda: DeltaTable(_delta_uri(uri), storage_options=options))
+            except StorageError as error:
+                if isinstance(error.__cause__, TableNotFoundError):
                     raise StorageError(f"no {kind} table at {uri}") from error
+                raise
         columns = {field.name for field in table.schema().fields}
         missing = [name for name in schema.names if name not in columns and name not in LATER]
         if missing:
@@ -186,7 +164,7 @@ class RowTable:
     def _state(self) -> DeltaTable:
         """The table as it is after this driver's commits."""
         if self._is_behind:
-            self._table.update_incremental()
+            patiently(f"output {self.uri}", self._table.update_incremental)
             self._is_behind = False
         return self._table
 
@@ -200,12 +178,12 @@ class RowTable:
             raise
 
     def _check_fence(self) -> None:
-        with delta_errors(f"output {self.uri}"):
-            self._table.update_incremental()
-            found = self._table.transaction_version(FENCE) or 0
-            if found != self._fence:
-                raise StorageError(f"output {self.uri}: {TAKEN_OVER if found > self._fence else OLD_LISTING}")
-            self._version, self._is_behind = self._table.version(), False
+        where = f"output {self.uri}"
+        patiently(where, self._table.update_incremental)
+        found = patiently(where, lambda: self._table.transaction_version(FENCE)) or 0
+        if found != self._fence:
+            raise StorageError(f"{where}: {TAKEN_OVER if found > self._fence else OLD_LISTING}")
+        self._version, self._is_behind = self._table.version(), False
 
     def _commit(self, actions: list[AddAction | RemoveAction]) -> None:
         mark, before = uuid.uuid4().hex, self._table.version()
@@ -277,8 +255,8 @@ class RowTable:
 
     def _actions(self) -> pa.Table:
         """What the log says of each file, as deltalake names it."""
-        with delta_errors(f"output {self.uri}"):
-            return pa.table(self._state().get_add_actions(flatten=True))
+        state = self._state()
+        return patiently(f"output {self.uri}", lambda: pa.table(state.get_add_actions(flatten=True)))
 
     def shards(self) -> pa.Array:
         """Every shard_id that has rows. Opens only those files whose shard the log does not tell."""

@@ -15,11 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import DeltaTable, write_deltalake
 
+from pipeline.deltacalls import delta_errors, patiently
 from pipeline.errors import StorageError
 from pipeline.schema import UNITS
 from pipeline.sources.base import Unit
 from pipeline.storage import delta_options, join
-from pipeline.table import QUIET, delta_errors
+from pipeline.table import QUIET
 
 __all__ = ["PLAN", "Coverage", "UnitLog", "extra_unit", "plan_table", "row_to_unit"]
 
@@ -96,11 +97,9 @@ class UnitLog:
 
     def create(self, epoch: int) -> None:
         """Create the log where it is missing. Lines of a later epoch (see RowTable.take_over) count as later."""
-        with delta_errors(self.uri):
-            DeltaTable.create(
-                self.uri, schema=UNITS, mode="ignore", name="maskmill units", storage_options=self._options
-            )
-            files = len(DeltaTable(self.uri, storage_options=self._options).file_uris())
+        options: dict[str, Any] = {"mode": "ignore", "name": "maskmill units", "storage_options": self._options}
+        patiently(self.uri, lambda: DeltaTable.create(self.uri, schema=UNITS, **options))
+        files = len(patiently(self.uri, lambda: DeltaTable(self.uri, storage_options=self._options).file_uris()))
         self._order = epoch << 40
         if files >= NOTES_PER_MERGE:
             self.merge()
@@ -120,11 +119,13 @@ class UnitLog:
 
     def read(self) -> pa.Table:
         """All lines, oldest first."""
-        with delta_errors(self.uri):
+
+        def lines() -> pa.Table:
             if not DeltaTable.is_deltatable(self.uri, storage_options=self._options):
                 return UNITS.empty_table()
-            table = DeltaTable(self.uri, storage_options=self._options).to_pyarrow_table()
-        return table.sort_by("order")
+            return DeltaTable(self.uri, storage_options=self._options).to_pyarrow_table()
+
+        return patiently(self.uri, lines).sort_by("order")
 
     def append(self, lines: pa.Table) -> None:
         """Add lines (every column of UNITS but `order`)."""
@@ -133,10 +134,9 @@ class UnitLog:
         order = pa.array(np.arange(self._order, self._order + len(lines)))
         self._order += len(lines)
         lines = lines.append_column("order", order).select(UNITS.names).cast(UNITS)
-        with delta_errors(self.uri):
-            write_deltalake(
-                self.uri, lines, mode="append", storage_options=self._options, post_commithook_properties=QUIET
-            )
+        options: dict[str, Any] = {"storage_options": self._options, "post_commithook_properties": QUIET}
+        # Lines that are there twice, because an answer was lost, say the same twice.
+        patiently(self.uri, lambda: write_deltalake(self.uri, lines, mode="append", **options))
         self._notes += 1
         if self._notes % NOTES_PER_MERGE == 0:
             self.merge()

@@ -15,8 +15,10 @@ from test_run import finish, make_unit, start
 
 import pipeline.run
 import pipeline.table
+from pipeline import deltacalls
 from pipeline.errors import StorageError
 from pipeline.table import RowTable
+from pipeline.units import UnitLog
 
 LOG = r"_delta_log/0+\d+\.json"
 LOST: list[dict[str, Any]] = [
@@ -98,6 +100,36 @@ def test_a_listing_from_before_costs_no_row(s3: S3, proxy: FaultProxy, through: 
     proxy.faults.clear()
     assert table.vacuum() == 0
     assert len(keys(RowTable.open(uri, s3.options))) == 6
+
+
+def test_a_listing_that_is_cut_off_ends_no_run(
+    s3: S3, proxy: FaultProxy, through: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """deltalake's client gives up on it at once; the table and the unit log ask again, and not where it is refused."""
+    monkeypatch.setattr(deltacalls, "PAUSES_S", (0.0, 0.0))
+    uri = f"s3://{s3.bucket('cut-listings')}/out"
+    table, units = RowTable.open(uri, through, create=True), UnitLog(uri, through)
+    units.create(table.take_over())
+
+    def cut(kind: str) -> Fault:
+        proxy.faults[:] = [Fault(method="GET", path=f"list-type.*{kind}", what="cut", times=2)]
+        return proxy.faults[0]
+
+    fault = cut("out%2F_delta_log")
+    assert RowTable.open(uri, through).files().num_rows == 0
+    assert fault.happened == 2
+    fault = cut("_units")
+    units.append_finished([("a", "v", 3, None)], "run")
+    assert fault.happened == 2
+    fault = cut("_units")
+    assert units.read().column("shard_id").to_pylist() == ["a"]
+    assert fault.happened == 2
+
+    refused = Fault(method="GET", path="list-type", status=403, body=b"<Error><Code>AccessDenied</Code></Error>")
+    proxy.faults[:] = [refused]
+    with pytest.raises(StorageError, match="AccessDenied"):
+        RowTable.open(uri, through)
+    assert refused.happened == 1
 
 
 class Jumping(datetime):

@@ -11,12 +11,13 @@ from deltalake import DeltaTable
 
 from pipeline import units
 from pipeline.config import LabelConfig
+from pipeline.deltacalls import delta_errors
 from pipeline.errors import RunError, SchemaError, StorageError
 from pipeline.preflight.finding import Findings
 from pipeline.runfile import read_run
 from pipeline.status import table_counts
 from pipeline.storage import delta_options
-from pipeline.table import RowTable, delta_errors
+from pipeline.table import RowTable
 from pipeline.units import UnitLog
 
 __all__ = ["Existing", "check_existing"]

@@ -10,11 +10,11 @@ from typing import Any
 from deltalake import DeltaTable
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline.deltacalls import delta_errors
 from pipeline.errors import MaskmillError
 from pipeline.preflight.finding import Findings
 from pipeline.schema import UNITS
 from pipeline.storage import delta_options, join, open_fs, storage_errors, write_file
-from pipeline.table import delta_errors
 
 __all__ = ["PREFIX", "check_space", "probe_output"]
 

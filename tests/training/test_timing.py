@@ -32,9 +32,14 @@ def test_seconds_by_activity(monkeypatch: pytest.MonkeyPatch) -> None:
         with watch.during("learn"):
             clock.now += 1.0
         seen.append(item)
-    with pytest.raises(ValueError, match="full"), watch.during("save"):
-        clock.now += 4.0
-        raise ValueError("full")
+
+    def fail() -> None:
+        with watch.during("save"):
+            clock.now += 4.0
+            raise ValueError("full")
+
+    with pytest.raises(ValueError, match="full"):
+        fail()
     assert seen == [0, 1, 2]
     assert watch.take() == {"read": 11.0, "learn": 3.0, "validate": 0.0, "save": 4.0}
     assert not any(watch.take().values())
