@@ -22,6 +22,8 @@ JOBS = {
     "pack": "write any source as tar shards",
     "models": "list the models of the registry",
     "preflight": "what a run would meet, on a sample, before it starts",
+    "tune": "the fastest setting of a model whose labels stay within a tolerance of those in fp32",
+    "bench": "how fast labelling is beside its limit and beside other tools, in one run",
     "submit": "send any of these to a Ray cluster",
     "drain": "stop a cluster's jobs, each with its commit or checkpoint, before the cluster goes",
     "infra": "manifests of a cluster: KubeRay, AWS, GCP",

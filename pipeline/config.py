@@ -218,7 +218,8 @@ class ModelConfig(Section):
     options: dict[str, Any] = Field(
         {},
         description="resize, max_size, pad_multiple, score_threshold, max_segments, low_confidence, precision "
-        "(fp32 | bf16 | fp16), channels_last, compile, and what the model's build takes",
+        "(fp32 | tf32 | bf16 | fp16 | int8_dynamic | int8_weight_only), channels_last, compile, and what the model's "
+        "build takes; `maskmill tune` tries which of them pay",
     )
     refine: tuple[RefineStage, ...] = Field(
         (), description="stages after a semantic model, in order: crf | superpixels | small_regions"

@@ -14,6 +14,7 @@ from pipeline.config import ModelConfig, RefineStage, TtaConfig
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.models.licences import licence
 from pipeline.models.postprocess import POSTPROCESS, POSTPROCESS_VERSION
+from pipeline.models.quantize import QUANTIZED, quantize
 from pipeline.models.registry import find_model, import_spec
 from pipeline.models.spec import ModelSpec, PostContext, Postprocess, Preprocess
 from pipeline.models.weights import CheckpointSpec, checkpoint_spec, fingerprint, load_weights, require_known
@@ -29,7 +30,10 @@ DEPTH_KINDS = ("metric_m", "relative", "inverse_relative")
 # Part of the model_version of a model that is refined or augmented: raise it when their labels would change.
 STAGES_VERSION = 1
 T = TypeVar("T")
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# By what autocast runs in. The others do not: tf32 is a way of NVIDIA's matrix units, int8 a change of the weights.
+PRECISIONS = {
+    "fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16, **dict.fromkeys(QUANTIZED),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,7 @@ class LoadedModel:
     autocast: torch.dtype | None
     channels_last: bool
     compile: bool
+    precision: str = "fp32"
     weights: str = "none"
     checkpoint: CheckpointSpec = dataclasses.field(default_factory=dict)
     refine: tuple[RefineStage, ...] = ()
@@ -191,9 +196,12 @@ def load_model(config: ModelConfig, *, seed: int, tile_pixels: int, taxonomy: Ta
         settings["refine"] = [STAGES_VERSION, *(stage.model_dump(mode="json") for stage in config.refine)]
     if tta is not None:
         settings["tta"] = [STAGES_VERSION, tta.model_dump(mode="json")]
+    version = fingerprint(module, settings)
+    if precision in QUANTIZED:
+        quantize(module, precision, where)
     return LoadedModel(
         label=config.label or spec.name,
-        version=fingerprint(module, settings),
+        version=version,
         spec=spec,
         module=module,
         preprocess=preprocess,
@@ -202,6 +210,7 @@ def load_model(config: ModelConfig, *, seed: int, tile_pixels: int, taxonomy: Ta
         autocast=PRECISIONS[precision],
         channels_last=bool(options.get("channels_last", True)),
         compile=bool(options.get("compile", False)),
+        precision=precision,
         weights=weights,
         checkpoint=checkpoint,
         refine=config.refine,

@@ -195,6 +195,8 @@ class Predict:
                 value_CHW[:, item.frame.prepared_height :] = 0
                 value_CHW[:, :, item.frame.prepared_width :] = 0
             values = values.contiguous(memory_format=self._memory_format)
+            if pinned:  # of the whole process, and models of one worker may differ
+                torch.set_float32_matmul_precision("high" if self.model.precision == "tf32" else "highest")
             enabled = self.model.autocast is not None
             with torch.autocast(self.device.type, dtype=self.model.autocast, enabled=enabled):
                 return self.model.spec.forward(self._module, values, [item.frame for item in batch])
