@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from pipeline.bench.cells import ARMS
-from pipeline.bench.figures import LIMIT, OURS, Cell, rows_of
+from pipeline.bench.figures import DECODE, LIMIT, OURS, Cell, rows_of
 
 __all__ = ["chart"]
 
@@ -35,7 +35,7 @@ def chart(cells: Sequence[Cell]) -> str:
         for row in rows:
             rate = row.images_per_s or 0.0
             length = max(1.0, (WIDTH - LEFT - RIGHT) * rate / fastest)
-            kind = "ours" if row.name == OURS else "limit" if row.name in (LIMIT, "decode") else "peer"
+            kind = "ours" if row.name == OURS else "limit" if row.name in (LIMIT, DECODE) else "peer"
             title = ARMS[row.name].title if row.name in ARMS else row.name
             of = "" if row.of_limit is None else f" ({row.of_limit:.2f})"
             parts += [
@@ -55,9 +55,5 @@ def chart(cells: Sequence[Cell]) -> str:
     legend = Markup('<text class="soft" x="8" y="{:.0f}">images/s, and its share of the limit; longer is better</text>')
     parts.append(legend.format(top + 12))
     opening = Markup('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} {:.0f}" role="img" aria-label="{}">')
-    return (
-        opening.format(WIDTH, top + 22, "images per second of each program")
-        + STYLE
-        + Markup("").join(parts)
-        + "</svg>\n"
-    )
+    parts = [opening.format(WIDTH, top + 22, "images per second of each program"), STYLE, *parts, Markup("</svg>\n")]
+    return Markup("").join(parts)

@@ -6,16 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["LIMIT", "OURS", "Arm", "Cell", "Figures", "Row", "Run", "rows_of", "turns"]
+__all__ = ["DECODE", "LIMIT", "OURS", "Arm", "Cell", "Figures", "Row", "Run", "rows_of", "turns"]
 
 # The arms that the others are held against.
-LIMIT, OURS = "limit", "maskmill"
+LIMIT, DECODE, OURS = "limit", "decode", "maskmill"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One run of one arm. wall_s: of the whole command, its start-up and its end too. first_row_s: until the first rows
-    could be read. images_per_s: from the moment at which the model was ready to the last row. None: has no such thing.
+    could be read. images_per_s: from the first batch at the model to the last row. None: has no such thing.
 
     problem: why there are none of these.
     """
@@ -76,7 +76,8 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the table. of_limit: its rate as a share of the limit's. rate_to_ours, wall_to_ours: how many times
+    """One line of the table. of_limit: its rate as a share of the limit's,
+    the slower of forward passes and decoding. rate_to_ours, wall_to_ours: how many times
     as fast as maskmill it is, in images/s and by the whole command. ahead: in which of rate, wall and first row."""
 
     name: str
@@ -120,7 +121,8 @@ def _median(values: Sequence[float | None]) -> float | None:
 def rows_of(cell: Cell) -> list[Row]:
     """The table of a cell, in the order of its arms, those left out that have no figures."""
     nothing = Figures(wall_s=None, first_row_s=None, images_per_s=None, lowest=None, highest=None, runs=0)
-    limit, ours = ((arm.figures if arm else None) or nothing for arm in (cell.arm(LIMIT), cell.arm(OURS)))
+    ours, *limits = ((arm.figures if arm else None) or nothing for arm in map(cell.arm, (OURS, LIMIT, DECODE)))
+    limit = min((figures.images_per_s for figures in limits if figures.images_per_s is not None), default=None)
     rows = []
     for arm in cell.arms:
         found = arm.figures
@@ -135,7 +137,7 @@ def rows_of(cell: Cell) -> list[Row]:
             Row(
                 name=arm.name,
                 images_per_s=found.images_per_s,
-                of_limit=_ratio(found.images_per_s, limit.images_per_s),
+                of_limit=_ratio(found.images_per_s, limit),
                 rate_to_ours=rate,
                 wall_s=found.wall_s,
                 wall_to_ours=wall,

@@ -22,7 +22,7 @@ __all__ = ["Written", "compare", "our_rows", "our_times", "peer_rows", "peer_tim
 @dataclass(frozen=True, kw_only=True)
 class Written:
     """first_at, last_at: when the first and the last rows could be read (time.time). images_per_s: between the moment
-    at which the model was ready and the last of them."""
+    at which the first batch was at the model and the last of them."""
 
     rows: int
     first_at: float

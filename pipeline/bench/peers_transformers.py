@@ -12,7 +12,6 @@ from PIL import Image
 
 from pipeline.bench.reading import list_shards, read_shard
 from pipeline.bench.worker import Task, Worker, write_rows
-from pipeline.config import LabelConfig
 from pipeline.errors import ConfigError
 from pipeline.models.extras import import_extra
 from pipeline.models.load import LoadedModel
@@ -39,7 +38,8 @@ def run_transformers(task: Task) -> None:
     """Label the corpus. Raises ConfigError for a model that there is no pipeline for."""
     library = import_extra("transformers", "peers")
     config = task.config
-    model = Worker(config).model
+    worker = Worker(config)
+    model = worker.model
     reason = refusal(model)
     if reason:
         raise ConfigError(reason)
@@ -63,7 +63,7 @@ def run_transformers(task: Task) -> None:
     keys: list[str] = []
     rows: list[dict[str, Any]] = []
     written = 0
-    for at, found in enumerate(pipe(_images(config, keys))):
+    for at, found in enumerate(pipe(_images(worker, keys))):
         prediction = _prediction(found, model)
         array_HW = prediction.depth_HW if prediction.depth_HW is not None else prediction.label_HW
         if array_HW is None:
@@ -78,9 +78,10 @@ def run_transformers(task: Task) -> None:
         write_rows(config, written, rows)
 
 
-def _images(config: LabelConfig, keys: list[str]) -> Iterator[Image.Image]:
-    for shard in list_shards(config):
-        for key, data in read_shard(config, shard):
+def _images(worker: Worker, keys: list[str]) -> Iterator[Image.Image]:
+    for shard in list_shards(worker.config):
+        for key, data in read_shard(worker.config, shard):
+            worker.begin()
             keys.append(key)
             yield Image.open(io.BytesIO(data)).convert("RGB")
 

@@ -51,7 +51,7 @@ def served(folder: Path, latency_s: float) -> Iterator[dict[str, Any]]:
     storage = {
         **CREDENTIALS,
         "endpoint_url": f"http://127.0.0.1:{server.server_port}",
-        "client_kwargs": {"region_name": "us-east-1"},
+        "client_kwargs": {"region_name": "us-west-2"},
     }
     try:
         fs = fsspec.filesystem("s3", **storage)

@@ -40,7 +40,7 @@ PEER_ROWS = pa.schema(
         ("quality", QUALITY),
     ]
 )
-# Below a peer's folder: a file that is written when the model is loaded, and where its rows go.
+# Below a peer's folder: a file that is written when the first batch is at the model, and where its rows go.
 READY, ROWS = "ready", "rows"
 
 
@@ -96,10 +96,13 @@ class Worker:
         self._predict = Predict(
             self.model, device=choose_device(), batch_pixels=pixels, tile_pixels=config.resources.tile_pixels
         )
-        folder = Path(config.output.uri)
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / READY).exists():
-            (folder / READY).write_text(repr(time.time()))
+        self._ready = Path(config.output.uri) / READY
+
+    def begin(self) -> None:
+        """The first batch is at the model: from here on images count. What loads and starts before is start-up."""
+        if not self._ready.exists():
+            self._ready.parent.mkdir(parents=True, exist_ok=True)
+            self._ready.write_text(repr(time.time()))
 
     def prepare(self, data: bytes) -> Prepared:
         """Decode and resize one image."""
@@ -114,6 +117,7 @@ class Worker:
 
     def label(self, keys: Sequence[str], images: Sequence[Prepared]) -> list[dict[str, Any]]:
         """A batch of any sizes as rows of PEER_ROWS; those of one shape go through the model together."""
+        self.begin()
         shapes: dict[tuple[int, int], list[int]] = {}
         for at, image in enumerate(images):
             shapes.setdefault(image.padded, []).append(at)

@@ -486,7 +486,10 @@ def test_a_file_in_torchs_cache_is_used(monkeypatch: pytest.MonkeyPatch, tmp_pat
         ({"mean": [1, 2, "x"]}, "mean[2] must be a number, got 'x'"),
         ({"std": [1, 1, 0]}, "std[2] must be a number above 0, got 0"),
         ({"depth_kind": "metres"}, "depth_kind must be one of metric_m, relative, inverse_relative, got 'metres'"),
-        ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16, got 'fp8'"),
+        (
+            {"precision": "fp8"},
+            "precision must be one of fp32, tf32, bf16, fp16, int8_dynamic, int8_weight_only, got 'fp8'",
+        ),
         ({"precision": ["fp32"]}, "precision must be one of"),
         ({"compile": "false"}, "compile must be true or false, got 'false'"),
         ({"channels_last": 1}, "channels_last must be true or false, got 1"),
