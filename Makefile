@@ -46,7 +46,7 @@ lint: install
 	$(BIN)/mypy
 
 bench: install
-	$(BIN)/python tests/benchmarks/efficiency.py
+	$(BIN)/maskmill bench
 
 clean:
 	rm -rf out build *.egg-info .pytest_cache .mypy_cache .ruff_cache
