@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.common import guarded
+from jobs.driver import signals_interrupt
 from pipeline.bench.cells import ARMS, CELLS, FREE_ARMS, QUICK_CELLS, CellSpec, find_cell
 from pipeline.bench.chart import chart
 from pipeline.bench.corpora import Corpus, make_corpus
@@ -70,7 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print bench.json instead of the tables")
     arguments = parser.parse_args(given)
     arguments.command = shlex.join(["maskmill", "bench", *given])
-    return guarded(lambda: bench(arguments))
+
+    def body() -> int:
+        with signals_interrupt():  # so that what was started ends with it
+            return bench(arguments)
+
+    return guarded(body)
 
 
 def bench(arguments: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from jobs.common import guarded
+from jobs.driver import signals_interrupt
 from pipeline.config import LabelConfig
 from pipeline.configfile import MAX_YAML_BYTES, load_config
 from pipeline.dataflow.cluster import ENVIRONMENT
@@ -65,7 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"expected one CONFIG, got {', '.join(configs)}")
     arguments.config = configs[0] if configs else None
     arguments.overrides = [item for item in arguments.given if "=" in item]
-    return guarded(lambda: _tune(arguments))
+
+    def body() -> int:
+        with signals_interrupt():  # so that what was started ends with it
+            return _tune(arguments)
+
+    return guarded(body)
 
 
 def _tune(arguments: argparse.Namespace) -> int:

@@ -63,13 +63,19 @@ CELLS: Mapping[str, CellSpec] = {
         CellSpec(name="mixed", corpus="mixed", model={**UNET, "options": {"max_size": 640}}, images=96),
         CellSpec(name="parquet", corpus="parquet", model={"name": "null_model"}, images=384),
         CellSpec(name="s3", corpus="s3", model={"name": "null_model"}, images=384),
-        # Without trained weights hardly a box would pass the usual thresholds.
+        # Without trained weights no box would pass the usual thresholds, and all of them would without a bound.
         CellSpec(
             name="instance",
             corpus="tar",
             model={
                 "name": "maskrcnn_resnet50_fpn_v2",
-                "options": {"resize": 320, "score_threshold": 0.0, "box_score_thresh": 0.0, "max_segments": 10},
+                "options": {
+                    "resize": 320,
+                    "score_threshold": 0.0,
+                    "box_score_thresh": 0.0,
+                    "rpn_post_nms_top_n_test": 50,
+                    "box_detections_per_img": 10,
+                },
             },
             images=12,
         ),

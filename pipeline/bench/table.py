@@ -65,7 +65,7 @@ def markdown(cells: Sequence[Cell], about: dict[str, Any], date: str, command: s
 
 def _cell(cell: Cell) -> Iterator[str]:
     size = cell.size_bytes / 1e6
-    yield f"### {cell.name}: {cell.model} ({cell.task}), {cell.images} images of corpus {cell.corpus} ({size:.0f} MB)"
+    yield f"### {cell.name}: {cell.model} ({cell.task}), {cell.images} images of corpus {cell.corpus} ({size:.1f} MB)"
     yield ""
     yield "| " + " | ".join(COLUMNS) + " |"
     yield "|---" + "|---:" * (len(COLUMNS) - 1) + "|"
