@@ -17,6 +17,8 @@ JOBS = {
     "report": "fold scores into figures, tables and a page",
     "compare": "two runs over the same images: what differs, and whether it is more than chance",
     "status": "expected = ok + failed + pending, and the kinds of failure",
+    "export": "the labels for other tools: COCO, VOC, YOLO, CVAT, Label Studio and more; review packs",
+    "import": "corrections from other tools back as targets",
     "compact": "few large files of many small ones, with the same rows",
     "preview": "one PNG of images with their masks",
     "pack": "write any source as tar shards",
@@ -28,6 +30,10 @@ JOBS = {
     "drain": "stop a cluster's jobs, each with its commit or checkpoint, before the cluster goes",
     "infra": "manifests of a cluster: KubeRay, AWS, GCP",
 }
+
+
+# Modules that cannot have the name of their job, which is a word of the language.
+MODULES = {"import": "import_"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {close[0]}?" if close else f"jobs: {', '.join(JOBS)}"
         print(f"maskmill: error: unknown job {job!r}; {hint}", file=sys.stderr)
         return EXIT_CONFIG
-    code: int = importlib.import_module(f"jobs.{job}").main(arguments[1:])
+    code: int = importlib.import_module(f"jobs.{MODULES.get(job, job)}").main(arguments[1:])
     return code
 
 
