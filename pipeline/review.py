@@ -165,8 +165,8 @@ def _others(work: SurveyWork, piece: Piece) -> dict[tuple[str, int], dict[str, A
 
 
 def uncertainty(row: Mapping[str, Any]) -> float | None:
-    """1 - mean largest probability of a label map; of instances the mean distance of their scores to being sure: a score
-    of 0.5 counts 0.5, one of 1 or 0 nothing. None where the row says neither."""
+    """1 - mean largest probability of a label map; of instances the mean distance of their scores to being sure: one of
+    0.5 counts 0.5, one of 1 or 0 nothing. None where the row says neither."""
     quality = row.get("quality")
     if quality and quality["mean_max_probability"] is not None:
         value = 1 - float(quality["mean_max_probability"])

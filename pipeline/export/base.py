@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import ConfigError, SchemaError
-from pipeline.export.outlines import joined, outlines, simplified
+from pipeline.export.outlines import inner, joined, outlines, simplified
 from pipeline.masks import decode_depth, decode_label_map, decode_rle, encode_label_map, encode_rle, rle_area, rle_bbox
 from pipeline.taxonomy import Taxonomy
 
@@ -250,10 +250,15 @@ class Format:
         """Write what belongs to the whole export, line by line."""
 
 
-def rings_of(mask_HW: npt.NDArray[np.bool_], *, tolerance: float, single: bool) -> list[npt.NDArray[np.int32]]:
+def rings_of(
+    mask_HW: npt.NDArray[np.bool_], *, tolerance: float, single: bool, on_pixels: bool = False
+) -> list[npt.NDArray[np.int32]]:
     """A mask's outlines, each (N, 2) of x, y: one for each part, or one in all where `single` is set or it has holes,
-    which lists of rings cannot say."""
-    rings = [(simplified(ring, tolerance), is_hole) for ring, is_hole in outlines(mask_HW)]
+    which lists of rings cannot say. on_pixels: along the mask's outermost pixels, not along their edges (`inner`)."""
+    found = outlines(mask_HW)
+    if on_pixels:
+        found = [(inner(ring, mask_HW), is_hole) for ring, is_hole in found]
+    rings = [(simplified(ring, tolerance), is_hole) for ring, is_hole in found]
     if not rings:
         return []
     if single or any(is_hole for _, is_hole in rings):

@@ -1,7 +1,7 @@
 """An export from its plan to its last file, on the driver: what is asked for, which pieces are left, and the fold.
 
-What is done is what lies in the folder `_export` of the export: plan.json says what the export is, a mark for each piece
-that it is whole, export.json that all is. The same command goes on where it stopped; another one is refused.
+What is done is what lies in the folder `_export` of the export: plan.json says what the export is, a mark for each
+piece that it is whole, export.json that all is. The same command goes on where it stopped; another one is refused.
 """
 
 import hashlib

@@ -75,7 +75,7 @@ def upright(data: bytes, *, max_pixels: int) -> tuple[bytes, str, int, int]:
 
 
 def matching(data: bytes, row: Mapping[str, object], *, max_pixels: int) -> tuple[bytes, str, int, int]:
-    """`upright`. Raises TargetMismatchError where the image has another size than the row: it is not what was labelled."""
+    """`upright`. Raises TargetMismatchError where the image has another size than the row: others were labelled."""
     found = upright(data, max_pixels=max_pixels)
     if row["width"] is not None and found[2:] != (row["width"], row["height"]):
         raise TargetMismatchError(

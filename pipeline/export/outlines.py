@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["joined", "outlines", "simplified"]
+__all__ = ["inner", "joined", "outlines", "simplified"]
 
 Ring = npt.NDArray[np.int32]
 
@@ -76,6 +76,22 @@ def _followed(
         ring = points[places]
         rings.append((ring[::-1] if is_hole else ring, is_hole))
     return rings
+
+
+def inner(ring: Ring, mask_HW: npt.NDArray[np.bool_]) -> Ring:
+    """A ring of `outlines` moved from the edges of pixels onto the mask's own outermost pixels, (N, 2) of their x, y.
+
+    Fillers that draw the border too, as OpenCV's, then give the mask back, where along the edges they would add to it.
+    """
+    # The quarter between the two edges of a turn holds the mask's pixel, or the one that cuts into it.
+    quarter = np.roll(ring, 1, axis=0) + np.roll(ring, -1, axis=0) - 2 * ring > 0
+    near = ring - 1 + quarter
+    height, width = mask_HW.shape
+    x, y = near[:, 0], near[:, 1]
+    is_inside = (x >= 0) & (y >= 0) & (x < width) & (y < height)
+    is_set = np.zeros(len(ring), bool)
+    is_set[is_inside] = mask_HW[y[is_inside], x[is_inside]]
+    return np.where(is_set[:, None], near, ring - quarter).astype(np.int32)
 
 
 def joined(rings: Sequence[tuple[Ring, bool]]) -> Ring:

@@ -1,8 +1,8 @@
 """YOLO segmentation: a text file of polygons for each image and data.yaml
 (https://docs.ultralytics.com/datasets/segment/); boxes of detectors in YOLO's box lines.
 
-A line holds one ring. The parts and holes of an object are joined by bridges of no width, so that an even-odd fill
-gives the mask back; what a reader draws with borders is a pixel wider there.
+A line holds one ring, along the mask's outermost pixels, because YOLO's readers fill with borders. The parts and holes
+of an object are joined by bridges, which are drawn a pixel wide.
 """
 
 import yaml
@@ -12,6 +12,8 @@ from pipeline.export.base import Encoded, Format, Item, Job, Object, Whole, only
 __all__ = ["Yolo"]
 
 DIGITS = 6
+# Where in a pixel a point lies: readers cut off or round what they multiply by the image's size, and get the pixel.
+INSIDE = 0.4
 
 
 class Yolo(Format):
@@ -44,8 +46,8 @@ def _lines(job: Job, item: Item, found: Object, place: int) -> list[str]:
         x, y, w, h = found.bbox
         numbers = [(x + w / 2) / item.width, (y + h / 2) / item.height, w / item.width, h / item.height]
         return [_line(place, numbers)]
-    rings = rings_of(item.mask_of(found), tolerance=job.tolerance, single=job.task != "semantic")
-    scaled = (ring / (item.width, item.height) for ring in rings)
+    rings = rings_of(item.mask_of(found), tolerance=job.tolerance, single=job.task != "semantic", on_pixels=True)
+    scaled = ((ring + INSIDE) / (item.width, item.height) for ring in rings)
     return [_line(place, ring.ravel().tolist()) for ring in scaled]
 
 
