@@ -7,7 +7,7 @@ piece that it is whole, export.json that all is. The same command goes on where 
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow.compute as pc
@@ -92,7 +92,7 @@ class Export:
         self.pieces = cut(parts, self.config.rows_per_piece)
         self.folder.pieces = len(self.pieces)
         # A shard's name says how many there are.
-        self.job = Job(**{**vars(self.job), "pieces": len(self.pieces)})
+        self.job = replace(self.job, pieces=len(self.pieces))
 
     def _fingerprint(self) -> str:
         """Of the rows and of all that decides about the bytes; not of credentials, nor of who does the work."""
@@ -130,7 +130,7 @@ class Export:
             for _ in mapper(survey_piece, tasks):
                 pass
             found = rank(self.folder, [f"{SURVEYS}/{piece.index:06d}.parquet" for piece in pieces], review, self.job)
-            self.folder.file(CHOICE, dumps([vars(one) for one in found]).encode())
+            self.folder.file(CHOICE, dumps([asdict(one) for one in found]).encode())
         return [Choice(**one) for one in self._state(CHOICE)]
 
     def run(self, mapper: Mapper) -> Iterator[dict[str, int]]:
