@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jobs.common import guarded
 from pipeline.config import EvaluateConfig, LabelConfig, PackConfig, Section
+from pipeline.config_export import ExportConfig
 from pipeline.config_train import TrainConfig
 from pipeline.configfile import load_config, redacted
 from pipeline.dataflow import submission
@@ -21,6 +22,7 @@ CONFIGS: dict[str, type[Section]] = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "pack": PackConfig,
+    "export": ExportConfig,
 }
 OTHERS = ("report", "compare", "status", "preview", "models")
 # Addresses with a place of their own; anything else is a path on whichever node the job's driver runs.

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from pipeline.errors import ConfigError, SchemaError
 from pipeline.export.outlines import inner, joined, outlines, simplified
 from pipeline.masks import decode_depth, decode_label_map, decode_rle, encode_label_map, encode_rle, rle_area, rle_bbox
+from pipeline.schema import OK
 from pipeline.taxonomy import Taxonomy
 
 __all__ = [
@@ -115,7 +116,8 @@ class Item:
 
     @property
     def is_empty(self) -> bool:
-        return not any(self.row.get(name) for name in ("semantic", "segments", "depth"))
+        """Whether the row failed, which is not the same as having found nothing."""
+        return bool(self.row.get("status", OK) != OK)
 
     @property
     def score(self) -> float | None:
