@@ -1,5 +1,6 @@
 """Tables whose rows are the targets of generated scenes or of COCO, for the tests of exports: masks that are known."""
 
+import functools
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -83,14 +84,19 @@ def mask_of(segmentation: Any, width: int, height: int) -> np.ndarray[Any, Any]:
     return np.asarray(coco_mask.decode(rle)).astype(bool)
 
 
+@functools.cache
+def _samples(source: str) -> tuple[Sample, ...]:
+    scenes = Scenes(ScenesSource.model_validate_json(source))
+    units = scenes.plan()
+    return tuple(item for unit in units for item in read_unit(scenes, unit, ()) if isinstance(item, Sample))
+
+
 def scene_table(
     uri: Path | str, task: str, *, source: ScenesSource = SCENES, failed: Sequence[int] = (3,), files_of: int = 3
 ) -> dict[str, dict[str, Any]]:
     """Write a table of scenes; gives its rows that did not fail, by image_id. failed: numbers of images."""
     rows = []
-    scenes = Scenes(source)
-    samples = [item for unit in scenes.plan() for item in read_unit(scenes, unit, ()) if isinstance(item, Sample)]
-    for number, sample in enumerate(samples):
+    for number, sample in enumerate(_samples(source.model_dump_json())):
         row = {"image_id": sample.image_id, "shard_id": sample.shard_id, "position": sample.position}
         if number in failed:
             rows.append(row | {"status": "failed", "error_type": "CorruptImageError", "error_stage": "decode",

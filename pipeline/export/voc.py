@@ -77,8 +77,8 @@ class Voc(Format):
 
 def voc_classes(taxonomy: Taxonomy) -> list[int | None]:
     """Class ids by their value in the PNGs; None is a background that the label space does not have."""
-    ids = [c.id for c in taxonomy.categories if c.name.lower() == BACKGROUND][:1]
-    return [*(ids or [None]), *(class_id for class_id in sorted(taxonomy.ids) if class_id not in ids)]
+    first = next((c.id for c in taxonomy.categories if c.name.lower() == BACKGROUND), None)
+    return [first, *(class_id for class_id in sorted(taxonomy.ids) if class_id != first)]
 
 
 @cache

@@ -1,7 +1,7 @@
 """Peak memory of an export by rows: `python tests/benchmarks/export_memory.py [FORMAT ...]`.
 
-Each count of rows is exported by a process of its own, in two threads, from a table of generated label maps with void in
-blobs (640x480, about 5 kB each), so that what grows with the rows would show.
+Each count of rows is exported by a process of its own, in two threads, from a table of generated label maps of large
+blocks (640x480), so that what grows with the rows would show.
 """
 
 import json

@@ -57,15 +57,11 @@ def annotated(folder: Path) -> Path:
     ("task", "form"),
     [
         ("semantic", "coco"),
-        ("semantic", "cvat"),
         ("semantic", "label_studio"),
         ("semantic", "id_png"),
-        ("instance", "coco"),
         ("instance", "cvat"),
-        ("instance", "label_studio"),
         ("panoptic", "coco_panoptic"),
         ("panoptic", "cvat"),
-        ("panoptic", "label_studio"),
         ("panoptic", "id_png"),
     ],
 )
