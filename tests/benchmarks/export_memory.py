@@ -1,7 +1,7 @@
 """Peak memory of an export by rows: `python tests/benchmarks/export_memory.py [FORMAT ...]`.
 
 Each count of rows is exported by a process of its own, in two threads, from a table of generated label maps of large
-blocks (640x480), so that what grows with the rows would show.
+blocks (160x120), so that what grows with the rows would show.
 """
 
 import json
@@ -31,15 +31,15 @@ def measure(count: int, forms: list[str]) -> dict[str, int]:
     maps = []
     for _ in range(50):
         blocks = rng.choice([*SPACE.ids, SPACE.void_id], (24, 32)).astype(np.uint8)
-        maps.append(encode_label_map(blocks.repeat(20, axis=0).repeat(20, axis=1)))
+        maps.append(encode_label_map(blocks.repeat(5, axis=0).repeat(5, axis=1)))
     rows = [
         {
             "image_id": f"shard-{n // 1000:03d}.tar/{n:06d}",
             "shard_id": f"shard-{n // 1000:03d}.tar",
             "position": n % 1000,
             "status": "ok",
-            "width": 640,
-            "height": 480,
+            "width": 160,
+            "height": 120,
             "semantic": {"format": "png", "data": maps[n % 50]},
         }
         for n in range(count)
