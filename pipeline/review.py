@@ -28,7 +28,7 @@ from pipeline.export.parts import Piece, read_rows
 from pipeline.masks import decode_depth
 from pipeline.schema import OK
 from pipeline.storage import join, open_fs, storage_errors
-from pipeline.table import row_groups_of
+from pipeline.tablefiles import row_groups_of
 from pipeline.taxonomy import Taxonomy
 
 __all__ = ["Choice", "Survey", "SurveyWork", "rank", "survey_piece"]

@@ -19,7 +19,8 @@ from pipeline.masks import decode_panoptic_png, encode_depth, encode_rle, rle_ar
 from pipeline.rows import PREDICTIONS
 from pipeline.sources.base import Sample, read_unit
 from pipeline.sources.scenes import Scenes
-from pipeline.table import FILE_SCHEMA, RowTable, write_file
+from pipeline.table import RowTable
+from pipeline.tablefiles import FILE_SCHEMA, write_file
 from pipeline.targets import read_depth, read_label_map
 from pipeline.taxonomy import Taxonomy, load_taxonomy
 
