@@ -3,14 +3,15 @@
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from deltalake.exceptions import CommitFailedError, DeltaError
+from deltalake import DeltaTable
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
 from pipeline.errors import RunError, StorageError
 
-__all__ = ["TAKEN_OVER", "delta_errors", "patiently"]
+__all__ = ["TAKEN_OVER", "delta_errors", "is_table", "patiently"]
 
 log = logging.getLogger(__name__)
 
@@ -66,3 +67,19 @@ def patiently(where: str, call: Callable[[], T]) -> T:
             time.sleep(pause_s)
     with delta_errors(where):
         return call()
+
+
+def is_table(uri: str, options: Mapping[str, str]) -> bool:
+    """Is there a Delta table? Not deltalake's `is_deltatable`: where a listing is cut off, it never comes back (1.6.6).
+
+    options: of storage, as deltalake takes them. Raises StorageError.
+    """
+
+    def look() -> bool:
+        try:
+            DeltaTable(uri, storage_options=dict(options))
+        except TableNotFoundError:
+            return False
+        return True
+
+    return patiently(uri, look)

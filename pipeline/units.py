@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import DeltaTable, write_deltalake
 
-from pipeline.deltacalls import delta_errors, patiently
+from pipeline.deltacalls import delta_errors, is_table, patiently
 from pipeline.errors import StorageError
 from pipeline.schema import UNITS
 from pipeline.sources.base import Unit
@@ -120,12 +120,10 @@ class UnitLog:
     def read(self) -> pa.Table:
         """All lines, oldest first."""
 
-        def lines() -> pa.Table:
-            if not DeltaTable.is_deltatable(self.uri, storage_options=self._options):
-                return UNITS.empty_table()
-            return DeltaTable(self.uri, storage_options=self._options).to_pyarrow_table()
-
-        return patiently(self.uri, lines).sort_by("order")
+        if not is_table(self.uri, self._options):
+            return UNITS.empty_table()
+        lines = patiently(self.uri, lambda: DeltaTable(self.uri, storage_options=self._options).to_pyarrow_table())
+        return lines.sort_by("order")
 
     def append(self, lines: pa.Table) -> None:
         """Add lines (every column of UNITS but `order`)."""

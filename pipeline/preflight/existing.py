@@ -11,7 +11,7 @@ from deltalake import DeltaTable
 
 from pipeline import units
 from pipeline.config import LabelConfig
-from pipeline.deltacalls import delta_errors
+from pipeline.deltacalls import delta_errors, is_table
 from pipeline.errors import RunError, SchemaError, StorageError
 from pipeline.preflight.finding import Findings
 from pipeline.runfile import read_run
@@ -42,9 +42,7 @@ def check_existing(
     found = Findings()
     uri, storage = config.output.uri, config.output.storage
     try:
-        with delta_errors(f"output {uri}"):
-            there = DeltaTable.is_deltatable(uri.removeprefix("file://"), storage_options=delta_options(storage))
-        if not there:
+        if not is_table(uri.removeprefix("file://"), delta_options(storage)):
             return found, None
         table = RowTable.open(uri, storage)
         run = read_run(uri, storage)
