@@ -21,6 +21,7 @@ JOBS = {
     "import": "corrections from other tools back as targets",
     "compact": "few large files of many small ones, with the same rows",
     "preview": "one PNG of images with their masks",
+    "view": "a page on this machine to browse a table: images under their masks",
     "pack": "write any source as tar shards",
     "models": "list the models of the registry",
     "preflight": "what a run would meet, on a sample, before it starts",

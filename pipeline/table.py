@@ -222,10 +222,11 @@ class RowTable:
         shard_id and model_version are null where the log's bounds do not tell: in a file that holds several (after
         compaction), or whose writer cut long strings off (deltalake's own).
         """
-        return self.listing().drop_columns(["first_shard_id", "first_position"])
+        return self.listing().drop_columns(["first_shard_id", "first_position", "last_shard_id", "last_position"])
 
     def listing(self) -> pa.Table:
-        """`files`, and where each begins: first_shard_id, first_position, the smallest of each."""
+        """`files`, and where each begins and ends: the smallest (first_shard_id, first_position) and the largest
+        (last_shard_id, last_position) of each column; null where the log does not tell."""
         actions = self._actions()
 
         def column(name: str, kind: pa.DataType) -> pa.Array:
@@ -250,6 +251,8 @@ class RowTable:
                 "size_bytes": column("size_bytes", pa.int64()),
                 "first_shard_id": column("min.shard_id", pa.string()),
                 "first_position": column("min.position", pa.int32()),
+                "last_shard_id": column("max.shard_id", pa.string()),
+                "last_position": column("max.position", pa.int32()),
             }
         )
 
