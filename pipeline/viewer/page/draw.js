@@ -20,6 +20,8 @@ export async function readMap(url, signal) {
   const data = await (await ask(url, signal)).arrayBuffer();
   const length = new DataView(data).getUint32(0, true);
   const header = JSON.parse(new TextDecoder().decode(new Uint8Array(data, 4, length)));
+  // Models of several label spaces stand side by side, and the same number is another class in each.
+  for (const entry of header.entries || []) entry.key = `${entry.id} ${entry.name}`;
   return {...header, codes: new Uint16Array(data, 4 + length, header.rows * header.columns)};
 }
 
@@ -89,7 +91,7 @@ export class Picture {
   }
 
   visible(entry) {
-    return !this.hidden.has(entry.id) && (this.lit === null || this.lit === entry.id);
+    return !this.hidden.has(entry.key) && (this.lit === null || this.lit === entry.key);
   }
 
   drawBoxes(context, scaleX, scaleY) {

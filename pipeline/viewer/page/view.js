@@ -1,7 +1,7 @@
 // The page: its state stands in the address, what it shows comes from api/, and text of the data is only ever text.
 import {ask, depthColor, Picture, readImage, readMap, Refused} from "./draw.js";
 
-const COUNT = 48, CARD_SIDE = 320, PANEL_SIDE = 2048, CLOSEST = 32;
+const COUNT = 48, CARD_SIDE = 320, PANEL_SIDE = 2048, CLOSEST = 32, GAP = 12, CAPTIONS = 66;
 const FILTERS = ["model", "class", "status", "score_min", "score_max", "conf_min", "conf_max", "text", "shard", "sort"];
 const ROW = ["of", "version", "in", "at"];  // whose row is open: model, version, shard, position
 const SORTS = {
@@ -275,11 +275,13 @@ async function fillDetail({signal}) {
   const panel = makePanel("target", first, image, target, {caption: "target", optional: true});
   panels.push(panel);
   element("panels").replaceChildren(...panels.map(({figure}) => figure));
+  arrange();
   makeToggles();
   fillFacts(rows);
   await Promise.allSettled(panels.map(({filled}) => filled));
   if (signal.aborted) return;
   panels = panels.filter(({gone, figure}) => { if (gone) figure.remove(); return !gone; });
+  arrange();
   makeToggles();
   fillLegend();
 }
@@ -293,16 +295,14 @@ function makePanel(name, row, image, map, {caption, optional = false}) {
     make("figcaption", {}, make("b", {textContent: caption, title: caption}), value), view, said);
   const picture = new Picture(canvas);
   const panel = {name, caption, row, view, canvas, value, figure, picture, gone: false};
-  const ratio = () => { view.style.maxWidth = `calc(74vh * ${canvas.width / canvas.height})`; };
   panel.draw = () => {
     picture.draw(row, name === "image" || !masks ? 0 : look.opacity / 100, look.outlines);
-    ratio();
+    view.style.aspectRatio = `${canvas.width} / ${canvas.height}`;
   };
   panel.say = (text, isBad = false) => {
     if (text) said.append(...(said.childNodes.length ? [make("br")] : []), text);
     if (isBad) said.classList.add("bad");
   };
-  ratio();
   panel.draw();
   if (name !== "image" && name !== "target") {
     panel.say([factsOf(row), ...Object.entries(row.figures || {}).map(([key, n]) => `${key} ${n.toFixed(3)}`)].filter(Boolean).join(" · "));
@@ -347,8 +347,25 @@ function toggle(index) {
   if (!names.delete(panel.name)) names.add(panel.name);
   go({off: [...names].map(encodeURIComponent).join("|")}, {replace: true});
   for (const {name, figure} of panels) figure.hidden = names.has(name);
+  arrange();
   makeToggles();
 }
+
+// As many beside each other as makes them largest on this screen.
+function arrange() {
+  const shown = panels.filter(({figure}) => !figure.hidden);
+  if (!shown.length) return;
+  const {clientWidth: width} = element("panels");
+  const height = Math.max(240, innerHeight - 150);
+  const ratio = Math.max(...shown.map(({canvas}) => canvas.width / canvas.height));
+  const sizeOf = (across) => Math.min(width / across - GAP, (height / Math.ceil(shown.length / across) - CAPTIONS) * ratio);
+  let best = 1;
+  for (let across = 2; across <= shown.length; across++) if (sizeOf(across) > sizeOf(best)) best = across;
+  // On a narrow screen one below the other, however high that is.
+  const size = width < 700 ? width : Math.max(180, sizeOf(best));
+  element("panels").style.gridTemplateColumns = `repeat(${width < 700 ? 1 : best}, ${size}px)`;
+}
+addEventListener("resize", arrange);
 
 function fillLegend() {
   const classes = new Map();
@@ -357,9 +374,9 @@ function fillLegend() {
     if (!map) continue;
     if (map.kind === "depth") ramps.push([caption, map]);
     for (const entry of map.entries || []) {
-      const known = classes.get(entry.id) || {...entry, shares: new Map()};
+      const known = classes.get(entry.key) || {...entry, shares: new Map()};
       known.shares.set(name, (known.shares.get(name) || 0) + (entry.share || 0));
-      classes.set(entry.id, known);
+      classes.set(entry.key, known);
     }
   }
   const most = (entry) => Math.max(0, ...entry.shares.values());
@@ -368,13 +385,13 @@ function fillLegend() {
     swatch.style.background = `rgb(${entry.color.join(" ")})`;
     const chip = make("button", {type: "button", className: "chip", title: [...entry.shares].map(([of, share]) => `${of}: ${percent(share)}`).join("\n")},
       swatch, make("span", {textContent: entry.name}), make("span", {className: "faint", textContent: percent(most(entry))}));
-    chip.setAttribute("aria-pressed", String(!hidden.has(entry.id)));
+    chip.setAttribute("aria-pressed", String(!hidden.has(entry.key)));
     chip.onclick = () => {
-      if (!hidden.delete(entry.id)) hidden.add(entry.id);
-      chip.setAttribute("aria-pressed", String(!hidden.has(entry.id)));
+      if (!hidden.delete(entry.key)) hidden.add(entry.key);
+      chip.setAttribute("aria-pressed", String(!hidden.has(entry.key)));
       light(null);
     };
-    chip.onpointerenter = (event) => event.pointerType === "mouse" && !hidden.has(entry.id) && light(entry.id);
+    chip.onpointerenter = (event) => event.pointerType === "mouse" && !hidden.has(entry.key) && light(entry.key);
     chip.onpointerleave = () => light(null);
     return chip;
   });
