@@ -139,7 +139,8 @@ def find_page(
     try:
         while ahead.bound is not None and not (len(found) > count and found[count][0] < ahead.bound):
             found = sorted([*found, *ahead.take()], key=lambda item: item[0])[: count + 1]
-            if stop.reached:  # not before: each call gets further
+            # Not before it is certain that the next call begins further on.
+            if stop.cancelled or (stop.reached and (ahead.bound is None or ahead.bound > start)):
                 break
     finally:
         ahead.close()

@@ -19,10 +19,12 @@ from pipeline.viewer.query import START, Key, Query
 
 __all__ = ["File", "Place", "Snapshot", "Stored"]
 
-# A footer of a table of ours has about 20 kB; one of a thousand row groups a megabyte.
-KEPT_FOOTERS = 512
+# A footer of a table of ours takes about 100 kB, more with many row groups.
+KEPT_FOOTERS = 128
 LISTING = ("path", "model", "model_version", "shard_id", "rows", "failed",
            "first_shard_id", "first_position", "last_shard_id", "last_position")  # fmt: skip
+# The Parquet format's names for the items of a list, today's and those of older writers.
+ITEMS = ("list.element", "list.item", "bag.array_element", "array", "list.array")
 # Arrow has no kernels of some text for views, which other writers leave.
 PLAIN = {pa.string_view(): pa.string(), pa.large_string(): pa.string()}
 
@@ -179,30 +181,29 @@ class Stored:
 
 def read_columns(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> pa.Table:
     """As `Stored.read`."""
-    rows = file.read_row_group(group, columns=leaves(file, columns), use_threads=False)
+    rows = file.read_row_group(group, columns=_stored_names(columns), use_threads=False)
     for at, field in enumerate(rows.schema):
         if field.type in PLAIN:
             rows = rows.set_column(at, field.name, rows.column(at).cast(PLAIN[field.type]))
     return rows
 
 
-def leaves(file: pq.ParquetFile, columns: Sequence[str]) -> list[str]:
-    """The stored names of columns and of leaves of structs and lists of structs, whatever a writer calls list items."""
+def _stored_names(columns: Sequence[str]) -> list[str]:
+    """The names in a file of columns and of leaves of structs and lists of structs. Writers differ in what they call
+    the items of a list; names that a file lacks are passed over."""
     found: list[str] = []
-    for number in range(len(file.schema)):
-        path = str(file.schema.column(number).path)
-        top, _, rest = path.partition(".")
-        if top in columns or (rest and f"{top}.{rest.rpartition('.')[2]}" in columns):
-            found.append(path)
+    for name in columns:
+        top, _, leaf = name.partition(".")
+        found += [name, *(f"{top}.{items}.{leaf}" for items in ITEMS if leaf)]
     return found
 
 
 def bounds(metadata: pq.FileMetaData, group: int, leaf: str) -> tuple[Any, Any]:
     """The smallest and largest value of a leaf in a row group, None where the footer does not tell."""
     row_group = metadata.row_group(group)
-    for number in range(row_group.num_columns):
-        column = row_group.column(number)
-        if column.path_in_schema == leaf:
-            stats = column.statistics
-            return (stats.min, stats.max) if stats is not None and stats.has_min_max else (None, None)
-    return None, None
+    names = metadata.schema.names
+    at = names.index(leaf.rpartition(".")[2]) if leaf.rpartition(".")[2] in names else -1
+    if at < 0 or row_group.column(at).path_in_schema != leaf:
+        return None, None
+    stats = row_group.column(at).statistics
+    return (stats.min, stats.max) if stats is not None and stats.has_min_max else (None, None)
