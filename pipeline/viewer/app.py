@@ -143,7 +143,7 @@ def _static(file: str, kind: str) -> Handler:
 def _guard(token: str, host: str) -> Any:
     names = {"127.0.0.1", "localhost", "::1", host.lower(), socket.gethostname().lower()}
 
-    @web.middleware
+    @web.middleware  # type: ignore[untyped-decorator]
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         if not _is_own(request.headers.get("Host", ""), names, is_local(host)):
             raise web.HTTPMisdirectedRequest(text="this server does not answer to that name")
@@ -176,16 +176,15 @@ def _is_own(header: str, names: set[str], local: bool) -> bool:
     return not local
 
 
-@web.middleware
+@web.middleware  # type: ignore[untyped-decorator]
 async def _answer_safely(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Every answer with HEADERS, every error as JSON without what is nobody's business."""
     try:
         response = await handler(request)
     except web.HTTPException as error:
         response = _refusal(error.status, error.text or "")
-        for name in ("Allow",):
-            if name in error.headers:
-                response.headers[name] = error.headers[name]
+        if "Allow" in error.headers:
+            response.headers["Allow"] = error.headers["Allow"]
     except MissingError as error:
         response = _refusal(404, str(error))
     except ConfigError as error:

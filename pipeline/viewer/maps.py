@@ -177,7 +177,7 @@ def _panoptic(
     values, counts = np.unique(segment_HW, return_counts=True)
     category = {int(segment["id"]): segment for segment in segments}
     codes = np.zeros(len(values), np.uint16)
-    entries = []
+    entries: list[dict[str, Any]] = []
     for at, (value, count) in enumerate(zip(values.tolist(), counts.tolist(), strict=True)):
         if value in category and len(entries) < MOST_SEGMENTS:
             entry = _entry(taxonomy, category[value]["category_id"])

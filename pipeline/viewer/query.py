@@ -147,8 +147,8 @@ class Query:
             column = pc.list_value_length(rows.column("segments"))
         else:
             column = pa.array(image_figures(rows.column("score").combine_chunks())[name])
-        values = column.cast(pa.float64()).to_numpy(zero_copy_only=False).astype(np.float64)
-        return -values if self.sort.startswith("-") else values
+        value_N: np.ndarray[Any, np.dtype[np.float64]] = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+        return -value_N if self.sort.startswith("-") else value_N
 
 
 def _between(values: pa.Array, low: float | None, high: float | None) -> pa.Array:

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
@@ -25,18 +24,18 @@ from pipeline.errors import ConfigError, MaskmillError, RunError, SchemaError, S
 from pipeline.images import DEFAULT_MAX_PIXELS, decode_image
 from pipeline.printable import printable
 from pipeline.redaction import redact_text
-from pipeline.report.figures import IMAGE_FIGURES, image_figures
 from pipeline.runfile import read_run
 from pipeline.schema import MODEL
 from pipeline.sources.base import Sample
 from pipeline.stages.score import Scorer
 from pipeline.table import RowTable
 from pipeline.taxonomy import Category, Taxonomy, build_taxonomy
-from pipeline.viewer.maps import MAX_SIDE, PixelMap, any_color, row_map, target_map
-from pipeline.viewer.query import MAX_PAGE_ROWS, PAGE_ROWS, QUALITY, SORTS, START, Key, Query, parse_query, whole
+from pipeline.viewer.maps import MAX_SIDE, any_color, row_map, target_map
+from pipeline.viewer.query import MAX_PAGE_ROWS, PAGE_ROWS, SORTS, START, Key, Query, parse_query, whole
 from pipeline.viewer.ranking import MOST_RANKED, Rankings
 from pipeline.viewer.samples import Samples
 from pipeline.viewer.scan import Stop, find_page, read_shown
+from pipeline.viewer.shown import MAX_VALUE, shown_class, shown_map, shown_row, stored_figures
 from pipeline.viewer.stored import Place, Snapshot, Stored, bounds, read_columns
 
 __all__ = ["MissingError", "Viewer"]
@@ -52,9 +51,7 @@ BATCH = 32
 PIXELS = ("width", "height", "semantic", "segments", "depth")
 INT32 = 2**31 - 1
 JPEG_QUALITY = 88
-MOST_CLASSES = 6
 MAX_FIELDS = 50
-MAX_VALUE = 300
 UNNAMED = Taxonomy(
     "unnamed", "classes without a run.json", tuple(Category(n, f"class {n}", "stuff", any_color(n)) for n in range(255))
 )
@@ -186,7 +183,7 @@ class Viewer:
                     "taxonomy": printable(model.taxonomy.name),
                     "classes": []
                     if model.taxonomy is UNNAMED
-                    else [_class(entry) for entry in model.taxonomy.categories],
+                    else [shown_class(entry) for entry in model.taxonomy.categories],
                     "versions": [row for row in totals if row["model"] == model.label],
                 }
                 for model in self._models.values()
@@ -208,7 +205,7 @@ class Viewer:
             following = None if page.following is None else json.dumps(page.following, ensure_ascii=False)
             answer = {"rows": page.rows, "next": following, "searched": page.searched, "total": page.total}
         self._remember(opened, answer["rows"])
-        return {**answer, "rows": [_row(row) for row in answer["rows"]]}
+        return {**answer, "rows": [shown_row(row) for row in answer["rows"]]}
 
     def _ranked(self, opened: _Opened, query: Query, start: str, count: int, stop: Stop) -> dict[str, Any]:
         first = whole({"start": start}, "start", MOST_RANKED, 0) or 0
@@ -240,7 +237,7 @@ class Viewer:
                 except MissingError:
                     continue
         self._remember(opened, rows)
-        return {"rows": [_row(row) for row in rows]}
+        return {"rows": [shown_row(row) for row in rows]}
 
     def _detail(self, opened: _Opened, label: str, version: str | None, shard_id: str, position: int) -> dict[str, Any]:
         place = self._find(opened, label, version, shard_id, position)
@@ -248,7 +245,7 @@ class Viewer:
         with self._stored.open(file.path) as stored:
             (row,) = read_shown(stored, place.file, place.group, [place.row], file.model)
             more = read_columns(stored, place.group, ["score", "fields", "run_id", "labeled_at"]).slice(place.row, 1)
-        row["figures"] = _figures(more)
+        row["figures"] = stored_figures(more)
         values = {name: more.column(name)[0].as_py() for name in more.column_names if name != "score"}
         fields = dict(values.get("fields") or ())
         row["fields"] = {str(name): str(value) for name, value in list(fields.items())[:MAX_FIELDS]}
@@ -268,7 +265,7 @@ class Viewer:
         found = row_map(row, self._models[label].taxonomy, _side(words), max_pixels=self._max_pixels)
         if found is None:
             raise MissingError("this row has no prediction")
-        return _printed(found).encode()
+        return shown_map(found).encode()
 
     def target(self, words: Mapping[str, str]) -> bytes:
         """The target that a row is held against, as `pixels` gives the row. Raises MissingError, and what `target_map`
@@ -288,7 +285,7 @@ class Viewer:
         found = target_map(sample.targets, row["kind"], model.scorer, _side(words), **sizes)
         if found is None:
             raise MissingError("the source has no target of this kind for this image")
-        return _printed(found).encode()
+        return shown_map(found).encode()
 
     def image(self, words: Mapping[str, str]) -> tuple[bytes, int, int]:
         """An image of a row as JPEG of at most `size` pixels a side, and its width and height at full size. Raises
@@ -421,63 +418,6 @@ def _place_of(words: Mapping[str, str]) -> tuple[str, int]:
 
 def _side(words: Mapping[str, str]) -> int:
     return max(16, whole(words, "size", MAX_SIDE, MAX_SIDE) or MAX_SIDE)
-
-
-def _row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row for the page: text that people read is printable, what says whose row it is stays as it is."""
-    quality = row.get("quality") or {}
-    shown = {name: _number(quality.get(column)) for name, column in QUALITY.items()}
-    more: dict[str, Any] = {name: row[name] for name in ("figures", "labeled_at") if name in row}
-    if "fields" in row:
-        more["fields"] = [
-            [printable(name[:MAX_VALUE]), printable(value[:MAX_VALUE])] for name, value in row["fields"].items()
-        ]
-        more["run"] = printable(str(row["run_id"] or ""))
-    return {
-        **shown,
-        **more,
-        "model": row[MODEL],
-        "version": row["model_version"],
-        "shard": row["shard_id"],
-        "position": row["position"],
-        "image": printable(str(row["image_id"])),
-        "shownModel": printable(row[MODEL]),
-        "shownShard": printable(row["shard_id"]),
-        "width": row["width"],
-        "height": row["height"],
-        "status": printable(str(row["status"])),
-        "error": [printable(row[f"error_{name}"]) for name in ("type", "stage", "message")],
-        "attempts": row.get("attempts"),
-        "kind": row["kind"],
-        "objects": row["objects"],
-        "best": _number(row["best_score"]),
-        "classes": row["classes"][:MOST_CLASSES],
-    }
-
-
-def _figures(more: pa.Table) -> dict[str, float]:
-    """The row's figures where it was scored."""
-    if "score" not in more.column_names or not len(more) or not more.column("score")[0].is_valid:
-        return {}
-    try:
-        figures = image_figures(more.column("score").combine_chunks())
-    except (SchemaError, KeyError, ValueError):
-        return {}
-    return {one.name: float(figures[one.name][0]) for one in IMAGE_FIGURES if np.isfinite(figures[one.name][0])}
-
-
-def _number(value: float | None) -> float | None:
-    return float(value) if value is not None and np.isfinite(value) else None
-
-
-def _class(category: Category) -> dict[str, Any]:
-    return {"id": category.id, "name": printable(category.name), "color": category.color}
-
-
-def _printed(found: PixelMap) -> PixelMap:
-    for entry in found.header.get("entries", ()):
-        entry["name"] = printable(entry["name"])
-    return found
 
 
 def _said(error: Exception) -> str:

@@ -68,7 +68,10 @@ def test_the_page_and_what_it_asks_for(server: Running, row: dict[str, Any]) -> 
         assert status == 200
         assert json.loads(body[4 : 4 + int.from_bytes(body[:4], "little")])["kind"] == "classes"
     # The labels are the targets, so both have the same pixels.
-    assert server.ask(f"api/map?{words(row)}")[2][-64 * 48 * 2 :] == server.ask(f"api/target?{words(row)}")[2][-64 * 48 * 2 :]
+    assert (
+        server.ask(f"api/map?{words(row)}")[2][-64 * 48 * 2 :]
+        == server.ask(f"api/target?{words(row)}")[2][-64 * 48 * 2 :]
+    )
 
 
 HOSTS = [
@@ -80,13 +83,15 @@ HOSTS = [
 
 @pytest.mark.parametrize(("host", "status"), HOSTS)
 def test_only_its_own_names_are_answered(host: str, status: int, server: Running) -> None:
-    """A name of another site that is pointed to this machine (DNS rebinding) is refused before anything is looked at."""
+    """A name of another site that is pointed to this machine (DNS rebinding) is refused before all else."""
     found, _, body = server.ask("api/table", Host=host.format(port=server.port))
     assert found == status
     assert (b"models" in body) is (status == 200)
 
 
-@pytest.mark.parametrize("path", ["/", "/api/table", f"/{TOKEN}x/", f"/{TOKEN[:-1]}/api/table", "/%00/", "//", f"/x/{TOKEN}/"])
+@pytest.mark.parametrize(
+    "path", ["/", "/api/table", f"/{TOKEN}x/", f"/{TOKEN[:-1]}/api/table", "/%00/", "//", f"/x/{TOKEN}/"]
+)
 def test_without_the_token_there_is_nothing(path: str, server: Running) -> None:
     status, _, body = server.ask(path)
     assert status == 404
@@ -244,8 +249,13 @@ def test_tokens() -> None:
             make_app(viewer, token)
 
 
-@pytest.mark.parametrize(("host", "local"), [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False),
-                                             ("10.1.2.3", False), ("::", False), ("host.example", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [
+        ("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("10.1.2.3", False),
+        ("::", False), ("host.example", False),
+    ],
+)  # fmt: skip
 def test_what_is_local(host: str, local: bool) -> None:
     assert is_local(host) is local
 

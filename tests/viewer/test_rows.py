@@ -161,7 +161,12 @@ def test_a_first_page_opens_few_files(rows: tuple[Path, Any], pool: ThreadPoolEx
     assert len(opened) <= 7  # two, and what was read ahead of them
     opened.clear()
     late = find_page(snapshot, Counting(str(uri), {}), pool, query, Key("s038", 2, "maps"), 4, Stop(None))
-    assert [(row["shard_id"], row["position"]) for row in late.rows] == [("s038", 2), ("s038", 3), ("s039", 0), ("s039", 1)]
+    assert [(row["shard_id"], row["position"]) for row in late.rows] == [
+        ("s038", 2),
+        ("s038", 3),
+        ("s039", 0),
+        ("s039", 1),
+    ]
     assert len(opened) == 2
     opened.clear()
     only = parse_query({"shard": "s017"}, {"maps": "v1"})
@@ -248,7 +253,10 @@ def test_questions_that_are_none(words: dict[str, str]) -> None:
 
 
 def test_questions_are_equal_where_they_ask_the_same() -> None:
-    asked = [{}, *({name: "1"} for name in ("class", "score_min", "score_max", "conf_min", "conf_max", "shard", "text"))]
+    asked = [
+        {},
+        *({name: "1"} for name in ("class", "score_min", "score_max", "conf_min", "conf_max", "shard", "text")),
+    ]
     asked += [{"status": "ok"}, {"model": "maps"}, *({"sort": sort} for sort in SORTS[1:])]
     keys = [parse_query(words, VERSIONS).key for words in asked]
     assert len(set(keys)) == len(asked)

@@ -35,7 +35,9 @@ class Fake:
                 self.goes_on.wait(20)
             if position not in done:
                 image = b"x" * 100
-                yield Sample(image_id=f"{unit.shard_id}{position}", shard_id=unit.shard_id, position=position, image=image)
+                yield Sample(
+                    image_id=f"{unit.shard_id}{position}", shard_id=unit.shard_id, position=position, image=image
+                )
         yield UnitEnd(rows=10)
 
 
