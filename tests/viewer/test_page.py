@@ -207,7 +207,7 @@ def test_a_phone_and_the_dark(server: Running, browser: Browser) -> None:
             until(tab, "document.querySelector('.card canvas')?.width > 4")  # others are read when they come into view
             assert tab.evaluate("document.documentElement.scrollWidth") <= 390
             shown = np.asarray(Image.open(io.BytesIO(tab.screenshot(whole=False))).convert("L"))
-            assert (np.median(shown[:, :20]) < 60) is dark
+            assert bool(np.median(shown[:, :20]) < 60) is dark
             tab.evaluate("document.querySelector('.card canvas').closest('.card').click()")
             until(tab, READY)
             assert tab.evaluate("document.getElementById('detail').scrollWidth") <= 390
