@@ -44,7 +44,7 @@ class Ranking:
     stop: Stop = field(default_factory=Stop)
 
     def rows(self, snapshot: Snapshot, stored: Stored, start: int, count: int) -> list[dict[str, Any]]:
-        """SHOWN of the rows at these places, each with its `value` of the order."""
+        """SHOWN of the rows at these places, each with the `value` that orders it."""
         wanted = self.places[start : start + count]
         shown: dict[Place, dict[str, Any]] = {}
         pairs = np.unique(wanted[["file", "group"]])
@@ -54,7 +54,7 @@ class Ranking:
             with stored.open(file.path) as opened:
                 for row in read_shown(opened, number, group, own, file.model):
                     shown[row["place"]] = row
-        return [shown[Place(number, group, row)] for _, number, group, row in wanted.tolist()]
+        return [{**shown[Place(number, group, row)], "value": value} for value, number, group, row in wanted.tolist()]
 
 
 class Rankings:

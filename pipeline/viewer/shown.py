@@ -27,7 +27,7 @@ def shown_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row for the page: text that people read is printable, what says whose row it is stays as it is."""
     quality = row.get("quality") or {}
     shown = {name: _number(quality.get(column)) for name, column in QUALITY.items()}
-    more: dict[str, Any] = {name: row[name] for name in ("figures", "labeled_at") if name in row}
+    more: dict[str, Any] = {name: row[name] for name in ("figures", "labeled_at", "value") if name in row}
     if "fields" in row:
         more["fields"] = [
             [printable(name[:MAX_VALUE]), printable(value[:MAX_VALUE])] for name, value in row["fields"].items()

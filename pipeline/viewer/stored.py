@@ -19,8 +19,8 @@ from pipeline.viewer.query import START, Key, Query
 
 __all__ = ["File", "Place", "Snapshot", "Stored"]
 
-# A footer of a table of ours takes about 100 kB, more with many row groups.
-KEPT_FOOTERS = 128
+# A footer of a table of ours takes about 300 kB, more with many row groups.
+KEPT_FOOTERS = 64
 LISTING = ("path", "model", "model_version", "shard_id", "rows", "failed",
            "first_shard_id", "first_position", "last_shard_id", "last_position")  # fmt: skip
 # The Parquet format's names for the items of a list, today's and those of older writers.

@@ -218,6 +218,8 @@ class Viewer:
         if ranking.error is not None:
             raise ranking.error
         rows = ranking.rows(opened.snapshot, self._stored, first, count)
+        for row in rows:
+            row["value"] = abs(row["value"])  # no value is negative but by its place in a falling order
         left = first + count < len(ranking.places)
         listed = {"listed": len(ranking.places), "unranked": ranking.unranked, "cut": ranking.cut, "first": first}
         return {**answer, **listed, "rows": rows, "next": str(first + count) if left else None}

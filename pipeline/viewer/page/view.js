@@ -163,7 +163,8 @@ function classOf(row, id) {
 
 function factsOf(row) {
   const facts = [];
-  if (row.value !== undefined) facts.push(row.value);
+  const sort = (state.sort || "").replace(/^-/, "");
+  if (row.value !== undefined && !["confidence", "objects"].includes(sort)) facts.push(`${sort} ${row.value.toFixed(3)}`);
   if (row.confidence !== null) facts.push(`confidence ${row.confidence.toFixed(3)}`);
   if (row.objects !== null) {
     facts.push(`${row.objects} object${row.objects === 1 ? "" : "s"}`);
