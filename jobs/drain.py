@@ -9,6 +9,7 @@ from jobs.common import guarded
 from pipeline.dataflow import submission
 from pipeline.dataflow.drain import drain
 from pipeline.errors import EXIT_UNEXPECTED, ConfigError
+from pipeline.redaction import redact_text
 
 __all__ = ["main"]
 
@@ -32,10 +33,18 @@ def _drain(arguments: argparse.Namespace) -> int:
     address = arguments.address or os.environ.get("RAY_API_SERVER_ADDRESS")
     if not address:
         raise ConfigError("--address must be the cluster's job server, as in http://HEAD:8265")
-    left = drain(submission.connect(address), arguments.timeout_s, lambda text: print(text, flush=True))
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        print(text, flush=True)
+
+    left = drain(submission.connect(address), arguments.timeout_s, say)
     if left:
         print(f"maskmill: still running after {arguments.timeout_s:g} s: {', '.join(left)}", file=sys.stderr)
         return EXIT_UNEXPECTED
+    if not said:
+        print(f"no job is at work at {redact_text(address)}")
     return 0
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from jobs.common import Interrupted
 from pipeline.errors import EXIT_INTERRUPTED, RunError, StorageError
-from pipeline.progress import Reporter
+from pipeline.progress import Reporter, counted
 from pipeline.run import Run
 from pipeline.stages.stream import ticking
 from pipeline.stages.work import Window
@@ -97,7 +97,9 @@ def drive(
         # Units can only be left where a task ran twice with another cut; they are simply planned again.
         work = pending()
     if len(work):
-        raise StorageError(f"{len(work)} units could not be finished in {PASSES} passes; run the same command again")
+        raise StorageError(
+            f"{counted(len(work), 'unit')} could not be finished in {PASSES} passes; run the same command again"
+        )
 
 
 def _one_pass(

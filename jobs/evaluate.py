@@ -15,7 +15,7 @@ from pipeline.dataflow.evaluate import evaluate_windows
 from pipeline.errors import FailureBudgetExceeded
 from pipeline.predictions.base import PredictionSource
 from pipeline.predictions.registry import open_predictions
-from pipeline.progress import Reporter, counts_table, duration
+from pipeline.progress import Reporter, counted, counts_table, duration
 from pipeline.rows import SCORES
 from pipeline.run import Run, output_of, row_to_work
 from pipeline.schema import MODEL
@@ -42,7 +42,7 @@ def evaluate(config: EvaluateConfig) -> int:
     plan = predictions.prepare(plan_table(open_source(config.source).plan(images=False)))
     if predictions.names(models[0]["label"]) is not None:
         plan = pa.concat_tables([plan, extra_unit(STRANGERS, plan)])
-    reporter.say(f"planned {len(plan)} units in {time.monotonic() - started:.1f} s")
+    reporter.say(f"planned {counted(len(plan), 'unit')} in {time.monotonic() - started:.1f} s")
     run = Run(config, plan, models, SCORES)
 
     def ordinary() -> pa.Table:
@@ -75,7 +75,7 @@ def evaluate(config: EvaluateConfig) -> int:
                 reporter,
                 commit_interval_s=config.output.commit_interval_s,
                 limit=lambda: "score",
-                workers="a task per core" if workers is None else f"{workers} tasks at once",
+                workers="a task per core" if workers is None else f"{counted(workers, 'task')} at once",
                 pending=ordinary,
             )
             # Only now is it known which predictions nobody asked for.
@@ -112,7 +112,7 @@ def _summarise(run: Run, reporter: Reporter) -> None:
     if run.rows:
         reporter.say(
             f"this run: {run.images} images, {run.rows} rows ({run.failed} without a score) in {duration(seconds)}, "
-            f"{run.images / seconds:.1f} img/s, {run.commits} commits"
+            f"{run.images / seconds:.1f} img/s, {counted(run.commits, 'commit')}"
         )
     else:
         reporter.say(f"nothing was left to score; looked for {duration(seconds)}")

@@ -14,7 +14,7 @@ from pipeline.models.licences import licence_warning
 from pipeline.models.load import check_models
 from pipeline.observe.log import open_log
 from pipeline.observe.observer import Observer
-from pipeline.progress import Reporter, counts_table, duration, stage_shares
+from pipeline.progress import Reporter, counted, counts_table, duration, stage_shares
 from pipeline.run import Run
 from pipeline.scoring import plan_scorers
 from pipeline.sources.registry import open_source
@@ -36,7 +36,7 @@ def label(config: LabelConfig) -> int:
     check_models(config.models)
     started = time.monotonic()
     plan = plan_table(open_source(config.source).plan())
-    reporter.say(f"planned {len(plan)} units in {time.monotonic() - started:.1f} s")
+    reporter.say(f"planned {counted(len(plan), 'unit')} in {time.monotonic() - started:.1f} s")
     cluster.connect(config.ray_address, config.resources.object_store_bytes)
     # After connecting: Ray installs handlers of its own.
     with signals_interrupt():
@@ -80,7 +80,7 @@ def label(config: LabelConfig) -> int:
                 reporter,
                 commit_interval_s=config.output.commit_interval_s,
                 limit=lambda: run.observer.stalls().bound,
-                workers=f"{pool.workers} workers",
+                workers=counted(pool.workers, "worker"),
             )
     _summarise(config, run, reporter, pool)
     run.check_final_budget()
@@ -95,13 +95,13 @@ def _summarise(config: LabelConfig, run: Run, reporter: Reporter, pool: cluster.
         shares = "  ".join(f"{stage} {share:.0%}" for stage, share in stage_shares(run.seconds).items())
         reporter.say(
             f"this run: {run.images} images, {run.rows} rows ({run.failed} failed) in {duration(seconds)}, "
-            f"{run.images / seconds:.1f} img/s with {pool.workers} workers, {run.commits} commits"
+            f"{run.images / seconds:.1f} img/s with {counted(pool.workers, 'worker')}, {counted(run.commits, 'commit')}"
         )
         reporter.say(f"thread time: {shares}")
         reporter.say(run.observer.stalls().sentence)
         deaths = run.observer.deaths
         if deaths:
-            reporter.say(f"{deaths} worker{'s' if deaths > 1 else ''} died and came back")
+            reporter.say(f"{counted(deaths, 'worker')} died and came back")
     else:
         reporter.say(f"nothing was left to label; looked for {duration(seconds)}")
     bill = run.bill(0)

@@ -20,7 +20,7 @@ from pipeline.models.licences import licence, licence_warning
 from pipeline.models.load import find_spec, stored_spec
 from pipeline.observe.log import open_log
 from pipeline.observe.training import TrainObserver
-from pipeline.progress import Reporter, duration
+from pipeline.progress import Reporter, counted, duration
 from pipeline.runfile import code_version, write_run
 from pipeline.sources.registry import open_source
 from pipeline.trainer import Resumed, Training, WorkersFailed
@@ -59,8 +59,10 @@ def train(config: TrainConfig) -> int:
         _write_run(config, run_id, plan, "running")
         log.write("run_running", job="train")
         training = Training(config, pool, plan, validation, run_id)
-        workers = f"{pool.workers} worker{'s' if pool.workers > 1 else ''}"
-        reporter.say(f"starting {workers}: {config.batch_images} images a step, {config.epochs} epochs")
+        reporter.say(
+            f"starting {counted(pool.workers, 'worker')}: {counted(config.batch_images, 'image')} a step, "
+            f"{counted(config.epochs, 'epoch')}"
+        )
         if training.waits_for:
             reporter.say(f"waiting for room: {training.waits_for}; resources.min_workers begins with fewer")
         try:

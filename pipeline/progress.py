@@ -13,7 +13,7 @@ from pipeline.observe.cost import Bill
 from pipeline.printable import PrintableConsole
 from pipeline.status import Counts
 
-__all__ = ["Reporter", "counts_table", "duration", "progress_lines", "stage_shares"]
+__all__ = ["Reporter", "counted", "counts_table", "duration", "progress_lines", "stage_shares"]
 
 LINE_EVERY_S = 10.0
 RATE_WINDOW_S = 60.0
@@ -100,6 +100,11 @@ class Reporter:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things as a person says it: 1 worker, 2 workers."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pipeline
-from pipeline.errors import SchemaError
+from pipeline.errors import SchemaError, StorageError
 from pipeline.storage import join, open_fs, storage_errors, write_file
 
 __all__ = ["RUN_FILE", "SCORES_FOLDER", "code_version", "read_progress", "read_run", "write_progress", "write_run"]
@@ -24,7 +24,10 @@ def read_run(uri: str, storage: Mapping[str, Any]) -> dict[str, Any]:
     """The newest run's run.json. Raises StorageError where there is none, SchemaError where it is none."""
     fs, base = open_fs(uri, storage)
     with storage_errors(join(uri, RUN_FILE)):
-        data = fs.cat_file(join(base, RUN_FILE), start=0, end=MAX_RUN_BYTES)
+        try:
+            data = fs.cat_file(join(base, RUN_FILE), start=0, end=MAX_RUN_BYTES)
+        except FileNotFoundError as error:
+            raise StorageError(f"{uri} is no output of a run: its {RUN_FILE} does not exist") from error
     try:
         run: dict[str, Any] = json.loads(data)
         [(model["label"], model["version"]) for model in run["models"]]

@@ -35,7 +35,7 @@ ADVICE = {
     "encoder": "more resources.decode_threads, or output.format=zstd",
     "writer": "an output that is nearer, more units at once (resources.calls_per_worker), or larger files "
     "(output.rows_per_file)",
-    "dispatch": "larger units of the source, so that there are fewer to hand out",
+    "dispatch": "larger units of the source (fewer to hand out)",
     "host": "larger batches (resources.batch_pixels)",
 }
 SPLIT_ADVICE = {

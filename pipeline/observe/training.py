@@ -31,7 +31,7 @@ def attribute_training(seconds: Mapping[str, float]) -> Stalls:
     """Where the time of a training's workers went. seconds: by timing.ACTIVITIES."""
     total = sum(seconds.values())
     if total <= 0:
-        return Stalls(bound="start-up", busy_share=0.0, waits={}, sentence="no epoch has been learned from yet")
+        return Stalls(bound="start-up", busy_share=0.0, waits={}, sentence="no epoch was learned from in this run")
     busy_share = seconds["learn"] / total
     waits = {bound: seconds[name] / total for name, (bound, _, _) in BOUNDS.items() if seconds[name] > 0}
     if busy_share >= BUSY_SHARE:

@@ -7,10 +7,12 @@ from pipeline.preflight.estimate import Interval
 from pipeline.preflight.measure import Measured
 from pipeline.preflight.propose import Node
 from pipeline.preflight.survey import Failure, SourceFindings
-from pipeline.progress import duration
+from pipeline.progress import counted, duration
 from pipeline.redaction import redact_text
 
 __all__ = ["lines"]
+
+UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def lines(report: Report) -> list[str]:
@@ -43,9 +45,9 @@ def _lines(report: Report) -> Iterator[str]:
 
 
 def _source(source: SourceFindings) -> Iterator[str]:
-    size = "unknown" if source.size_bytes is None else _between(source.size_bytes.scaled(1e-9), ".3g", " GB")
+    size = "unknown" if source.size_bytes is None else _bytes(source.size_bytes)
     yield f"source    {_between(source.images, ',.0f', ' images')} in {source.units:,} units, {size}"
-    yield f"          looked at {source.looked_at} images of {source.units_looked_at} units"
+    yield f"          looked at {source.looked_at} images of {counted(source.units_looked_at, 'unit')}"
     if source.looked_at:
         yield f"          {_between(source.failed_share.scaled(100), '.2f', ' %')} cannot be labelled"
     yield from _failures(source.failures)
@@ -107,7 +109,7 @@ def _output(report: Report) -> Iterator[str]:
     room = "" if report.free_bytes is None else f"; {report.free_bytes / 1e9:,.1f} GB free"
     need = ""
     if report.projection is not None:
-        need = f"; the rows will take {_between(report.projection.output_bytes.scaled(1e-9), '.3g', ' GB')}"
+        need = f"; the rows will take {_bytes(report.projection.output_bytes)}"
     yield f"output    {text}{room}{need}"
     if report.existing is not None:
         done = ", ".join(f"{label} {rows:,} rows" for label, rows in report.existing.done.items()) or "no rows"
@@ -152,6 +154,12 @@ def _between(value: Interval, form: str, unit: str) -> str:
     if value.exact:
         return f"{value.value:{form}}{unit}"
     return f"about {value.value:{form}}{unit} ({value.low:{form}} to {value.high:{form}})"
+
+
+def _bytes(size: Interval) -> str:
+    """In the unit of which its highest value has at least one."""
+    scale, unit = next((pair for pair in UNITS if size.high >= pair[0]), UNITS[-1])
+    return _between(size.scaled(1 / scale), ".3g", f" {unit}")
 
 
 def _time(hours: Interval) -> str:
