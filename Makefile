@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT := out/quickstart
 
-.PHONY: install quickstart test test-long lint bench clean
+.PHONY: install quickstart test test-long lint docs bench clean
 
 install: $(VENV)/.installed
 
@@ -44,6 +44,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: install
 	$(BIN)/maskmill bench
