@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from s3_endpoint import S3
 from viewer_helpers import make_row, samples, write_rows, write_run, write_table
 
 from pipeline.compaction import compact
@@ -21,6 +22,7 @@ from pipeline.viewer.query import SORTS, START, Key, parse_query
 from pipeline.viewer.ranking import Rankings
 from pipeline.viewer.scan import Stop, find_page
 from pipeline.viewer.stored import Snapshot, Stored
+from pipeline.viewer.viewer import MissingError, Viewer
 
 VERSIONS: dict[str, str | None] = {"maps": "v1", "objects": "v1", "near": "v1"}
 QUESTIONS: list[dict[str, str]] = [
@@ -291,3 +293,18 @@ def test_rows_of_random_keys_come_in_order(tmp_path: Path, pool: ThreadPoolExecu
     wanted = sorted(Key(row["shard_id"], row["position"], model) for model, row in rows)
     for count in (3, 100):
         assert pages(tmp_path, {}, pool, count, None) == wanted
+
+
+def test_a_table_in_object_storage(s3: S3) -> None:
+    uri = f"s3://{s3.bucket('viewer')}/labels"
+    written = [(model, make_row(sample, model, 3)) for model in ("maps", "objects") for sample in samples()]
+    write_rows(uri, written, storage=s3.options)
+    viewer = Viewer(uri, s3.options)
+    found = viewer.rows({"count": "100"}, Stop(None))
+    assert [(row["shard"], row["position"], row["model"]) for row in found["rows"]] == expected(written, {})
+    shown = viewer.rows({"model": "maps", "status": "ok"}, Stop(None))["rows"][0]
+    words = {name: str(shown[name]) for name in ("model", "version", "shard", "position")}
+    assert len(viewer.pixels(words)) > 2 * 64 * 48
+    with pytest.raises(MissingError, match=r"run\.json"):
+        viewer.image(words)
+    viewer.close()

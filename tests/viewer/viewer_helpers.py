@@ -7,9 +7,10 @@ import json
 import random
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -68,16 +69,21 @@ def make_row(sample: Sample, model: str, seed: int) -> dict[str, Any]:
     return row | {"segments": segments}
 
 
-def write_rows(uri: str | Path, rows: Sequence[tuple[str, dict[str, Any]]], rows_per_file: int = 3) -> None:
+def write_rows(
+    uri: str | Path,
+    rows: Sequence[tuple[str, dict[str, Any]]],
+    rows_per_file: int = 3,
+    storage: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Commit rows (model, row) in files of one model and version each, cut anywhere."""
-    table = RowTable.open(str(uri), {}, create=True)
+    table = RowTable.open(str(uri), storage, create=True)
     table.take_over()
     files = []
     for key in sorted({(model, row["model_version"]) for model, row in rows}):
         own = [row for model, row in rows if (model, row["model_version"]) == key]
         for start in range(0, len(own), rows_per_file):
             part = pa.Table.from_pylist(own[start : start + rows_per_file], schema=FILE_SCHEMA)
-            files.append(write_file(str(uri), {}, part, model=key[0], model_version=key[1], shard_id=""))
+            files.append(write_file(str(uri), storage, part, model=key[0], model_version=key[1], shard_id=""))
     table.commit(files)
 
 
