@@ -39,7 +39,8 @@ from pipeline.compaction import compact  # noqa: E402
 from pipeline.config import ScenesSource  # noqa: E402
 from pipeline.masks import encode_label_map, encode_rle  # noqa: E402
 from pipeline.sources.registry import open_source  # noqa: E402
-from pipeline.table import FILE_SCHEMA, FileRecord, RowTable, write_file  # noqa: E402
+from pipeline.table import RowTable  # noqa: E402
+from pipeline.tablefiles import FILE_SCHEMA, FileRecord, write_file  # noqa: E402
 from pipeline.taxonomy import load_taxonomy  # noqa: E402
 
 SIDE = 8

@@ -126,7 +126,7 @@ def test_pages_are_what_a_look_at_every_row_gives(
 def test_compacted_and_cut_elsewhere(
     tmp_path: Path, rows: tuple[Path, Any], pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.table.GROUP_ROWS", 8)  # many row groups in one file
+    monkeypatch.setattr("pipeline.tablefiles.GROUP_ROWS", 8)  # many row groups in one file
     monkeypatch.setattr(scan, "FILES_AT_ONCE", 2)
     for rows_per_file in (1, 7):
         uri = tmp_path / str(rows_per_file)

@@ -21,7 +21,8 @@ from pipeline.config import ScenesSource
 from pipeline.masks import encode_depth, encode_label_map, encode_rle
 from pipeline.sources.base import Sample, read_unit
 from pipeline.sources.registry import open_source
-from pipeline.table import FILE_SCHEMA, RowTable, write_file
+from pipeline.table import RowTable
+from pipeline.tablefiles import FILE_SCHEMA, write_file
 from pipeline.targets import read_label_map
 from pipeline.taxonomy import load_taxonomy
 from pipeline.viewer.app import make_app, serve
