@@ -35,7 +35,7 @@ KINDS = ("console", "json", "python", "sh", "text", "yaml")
 VARYING = [
     (re.compile(r"\d{8}T\d{6}-[0-9a-f]{6}"), "RUN"),
     (re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?([+-]\d\d:\d\d|Z)?"), "TIME"),
-    (re.compile(r"\b[0-9a-f]{16}(\.[0-9a-f]{8})?\b"), "VERSION"),
+    (re.compile(r"\b[0-9a-f]{16}(\.[0-9a-f]{8})?\b|\b(?=\d*[a-f])[0-9a-f]{8}\b"), "VERSION"),
     (re.compile(r"^\w+-bound: .*"), "BOUND"),
     (re.compile("▲ better|▼ worse|· unclear"), "VERDICT"),
     (re.compile(r"(?<![.\d])((\d+ h )?(\d+ min )?\d+ s|\d+ h \d+ min)\b"), "DURATION"),

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
-from docs_helpers import blocks, commands, headings
+from docs_helpers import Shell, blocks, commands, differing, headings
 
 from jobs import cli, common, preflight
 from jobs.submit import CONFIGS
@@ -128,6 +128,54 @@ def test_the_readmes_config_is_one() -> None:
     assert found
     for config in found:
         LabelConfig.model_validate(config)
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed", "same"),
+    [
+        (["a  1", "b 0.5"], "a 1\nb 17.25\n", True),
+        (["24 rows in 3 s"], "24 rows in 1 min 05 s\n", True),
+        (["24 rows in 3 s"], "25 rows in 3 s\n", False),
+        (["run 20261122T042728-a464fe: done"], "run 20270101T000000-000000: done\n", True),
+        (["run 20261122T042728-a464fe: done"], "run 20270101T000000-000000: stopped\n", False),
+        (["first", "..."], "first\nsecond\nthird\n", True),
+        (["first", "...", "third"], "first\nthird\n", True),
+        (["first", "third"], "first\nsecond\nthird\n", False),
+        (["second", "first"], "first\nsecond\n", False),
+        (["first"], "first\nsecond\n", False),
+        (["about ...; done"], "about 3 of 4; done\n", True),
+        (["8 of 8 (ok)"], "8 of 8 (OK)\n", False),
+    ],
+)
+def test_what_is_shown_is_held_against_what_was_printed(shown: list[str], printed: str, same: bool) -> None:
+    assert (not differing(shown, printed)) == same
+
+
+@pytest.mark.parametrize(
+    ("page", "problem"),
+    [
+        ("```console\n$ maskmill --version\nmaskmill ...\n```", ""),
+        ("```console\n$ maskmill --version\nmaskmill nought\n```", "not printed"),
+        ("```console\n$ maskmill labl\n```", "exit code 2"),
+        ("```console\n$ maskmill labl\n...\n$ echo $?\n2\n```", ""),
+        ("```console\n$ maskmill labl\n...\n$ echo $?\n0\n```", "not printed"),
+        ("```console\n$ maskmill labl\n...\n```", "the last command ended with 2"),
+        ("```console\n$ maskmill labl\n...\n$ maskmill --version\n```", "show `echo $?`"),
+        ("```console\n$ rm file\n```", "only maskmill is run"),
+        ("```sh\nmaskmill label mine.yaml\n```", "nor on the list of exceptions"),
+        ("```sh\nkubectl get pods\n```", ""),
+        ("```text\nmaskmill label mine.yaml\n```", "a command in a block of words"),
+        ("```\nmaskmill label mine.yaml\n```", "expected a block of console"),
+        ("```python\nprint(1 + 1)\n```\n\n```text\n2\n```", ""),
+        ("```python\nprint(1 + 1)\n```\n\n```text\n3\n```", "not printed"),
+        ('```yaml title="a.yaml"\nb: 1\n```\n\n```python\nprint(open("a.yaml").read())\n```\n\n```text\nb: 1\n```', ""),
+    ],
+)  # fmt: skip
+def test_a_page_that_is_wrong_is_found_out(page: str, problem: str, tmp_path: Path) -> None:
+    path = tmp_path / "page.md"
+    path.write_text(page)
+    found = list(Shell(tmp_path).page(path, {"kubectl ": "needs a cluster"}))
+    assert (problem in found[0]) if problem else not found
 
 
 class Page(HTMLParser):
