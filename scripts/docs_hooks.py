@@ -20,6 +20,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from jobs import cli
 from jobs.submit import CONFIGS
 from pipeline.config_infra import InfraConfig
 from pipeline.configfile import describe
@@ -70,7 +71,7 @@ def fields(job: str) -> str:
 def usage(job: str) -> str:
     """What `maskmill JOB --help` prints."""
     printed = io.StringIO()
-    main = importlib.import_module(f"jobs.{job}").main
+    main = importlib.import_module(f"jobs.{getattr(cli, 'MODULES', {}).get(job, job)}").main
     width = mock.patch.dict(os.environ, {"COLUMNS": HELP_COLUMNS})
     with width, contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         main(["--help"])
