@@ -24,6 +24,9 @@ from pipeline.trainer import Resumed
 from pipeline.training.loop import TrainingLoop
 from pipeline.training.workers import Workers
 
+# The guide is one fixture: on a machine with other work it takes minutes.
+pytestmark = pytest.mark.timeout(600)
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
 PAGES = sorted(path for path in (DOCS / "jobs").glob("*.md") if path.name != "index.md")
