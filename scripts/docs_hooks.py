@@ -22,13 +22,14 @@ from mkdocs.structure.pages import Page
 
 from jobs import cli
 from jobs.submit import CONFIGS
+from pipeline.config_export import ImportConfig
 from pipeline.config_infra import InfraConfig
 from pipeline.configfile import describe
 
 ROOT = Path(__file__).resolve().parent.parent
 # Pages that lie in the repository's root, by their place in the site.
 ROOT_PAGES = {"index.md": "README.md", "SECURITY.md": "SECURITY.md", "CHANGELOG.md": "CHANGELOG.md"}
-KINDS = {**CONFIGS, "infra": InfraConfig}
+KINDS = {**CONFIGS, "import": ImportConfig, "infra": InfraConfig}
 MARK = re.compile(r"^<!-- (fields|help): (\w+) -->$", re.MULTILINE)
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s#]+)(#[^()\s]*)?\)")
 HELP_COLUMNS = "100"
@@ -71,7 +72,7 @@ def fields(job: str) -> str:
 def usage(job: str) -> str:
     """What `maskmill JOB --help` prints."""
     printed = io.StringIO()
-    main = importlib.import_module(f"jobs.{getattr(cli, 'MODULES', {}).get(job, job)}").main
+    main = importlib.import_module(f"jobs.{cli.MODULES.get(job, job)}").main
     width = mock.patch.dict(os.environ, {"COLUMNS": HELP_COLUMNS})
     with width, contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         main(["--help"])

@@ -90,7 +90,7 @@ def test_a_command_is_understood(
     tmp_path.joinpath("configs").symlink_to(REPOSITORY / "configs")
     shown = {block.lines[0][2:]: block for block in blocks(README) if block.kind == "yaml"}
     job, *arguments = words
-    module = importlib.import_module(f"jobs.{getattr(cli, 'MODULES', {}).get(job, job)}")
+    module = importlib.import_module(f"jobs.{cli.MODULES.get(job, job)}")
     for argument in arguments:
         if not argument.endswith((".yaml", ".yml")) or "=" in argument or Path(argument).exists():
             continue
