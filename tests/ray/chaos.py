@@ -118,11 +118,11 @@ def two_drivers(the: LabelRound) -> None:
         raise ChaosError(f"expected {TAKEN_OVER!r}, got: {stopped[0].words[-2000:]}")
 
 
-def sigterm(the: LabelRound) -> None:
+def sigterm(the: LabelRound, longest_pause_s: float = 2.0) -> None:
     """The driver is told to go, as a spot instance or `ray job stop` does: it commits, says so, and exits 130."""
     command = the.start()
     the.wait_for_more(command, 0)
-    the.pause(command, 2.0)
+    the.pause(command, longest_pause_s)
     the.reasons.add("sigterm")
     if command.running:
         command.process.send_signal(signal.SIGTERM)
@@ -275,8 +275,8 @@ def prepare(
     )
 
 
-def run(place: Place, name: str, number: int) -> None:
-    """One round. Raises ChaosError."""
+def run(place: Place, name: str, number: int, disturb: Callable[[LabelRound], None] | None = None) -> None:
+    """One round, of a scenario of that name or of one's own. Raises ChaosError."""
     began = time.monotonic()
     tally = place.tally
     before = tally.kills.total()
@@ -286,7 +286,7 @@ def run(place: Place, name: str, number: int) -> None:
         if isinstance(the, TrainRound):
             TRAINING[name](the)
         elif isinstance(the, LabelRound):
-            SCENARIOS[name](the)
+            (disturb or SCENARIOS[name])(the)
         place.forget_faults()
         checked = the.check()
     finally:
