@@ -118,11 +118,11 @@ def two_drivers(the: LabelRound) -> None:
         raise ChaosError(f"expected {TAKEN_OVER!r}, got: {stopped[0].words[-2000:]}")
 
 
-def sigterm(the: LabelRound, longest_pause_s: float = 2.0) -> None:
+def sigterm(the: LabelRound) -> None:
     """The driver is told to go, as a spot instance or `ray job stop` does: it commits, says so, and exits 130."""
     command = the.start()
     the.wait_for_more(command, 0)
-    the.pause(command, longest_pause_s)
+    the.pause(command, 2.0)
     the.reasons.add("sigterm")
     if command.running:
         command.process.send_signal(signal.SIGTERM)
@@ -228,7 +228,7 @@ def writers(the: LabelRound) -> Counter[str]:
 def prepare(
     stack: ExitStack,
     cluster: Cluster,
-    alone: dict[str, str],
+    label_alone: Callable[[list[str], Path], None],
     *,
     seed: int,
     minutes: float,
@@ -237,7 +237,7 @@ def prepare(
 ) -> Place:
     """A server with the corpus, a proxy before it, and the rows of a run that nothing disturbs.
 
-    alone: the environment of that run. kills: of one round.
+    label_alone: is given the arguments of that run, and a file for its words. kills: of one round.
     """
     deadline = time.monotonic() + 60 * minutes
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="maskmill-chaos-")))
@@ -247,14 +247,7 @@ def prepare(
     for name, data in shards(units, UNIT_IMAGES).items():
         s3.client.put_object(Bucket=BUCKET, Key=f"shards/{name}", Body=data)
     source, output = f"s3://{BUCKET}/shards", str(folder / "undisturbed")
-    arguments = ["-m", "jobs.label", *labelling(source, output, s3.options)]
-    command = Command.start(arguments, folder / "undisturbed.log", alone)
-    try:
-        code = command.end()
-    finally:
-        command.clear()
-    if code:
-        raise ChaosError(f"the undisturbed run failed: {command.words[-3000:]}")
+    label_alone(labelling(source, output, s3.options), folder / "undisturbed.log")
     expected, count = digests(DeltaTable(output)), units * UNIT_IMAGES * len(MODELS)
     if len(expected) != count:
         raise ChaosError(f"expected {count} rows, the undisturbed run made {len(expected)}")
@@ -273,6 +266,17 @@ def prepare(
         deadline,
         kills,
     )
+
+
+def label_on_one_node(arguments: list[str], log: Path) -> None:
+    """A run on a Ray of its own. Raises ChaosError."""
+    command = Command.start(["-m", "jobs.label", *arguments], log, outside_environment())
+    try:
+        code = command.end()
+    finally:
+        command.clear()
+    if code:
+        raise ChaosError(f"the undisturbed run failed: {command.words[-3000:]}")
 
 
 def run(place: Place, name: str, number: int, disturb: Callable[[LabelRound], None] | None = None) -> None:
@@ -333,7 +337,7 @@ def main(argv: list[str] | None = None) -> int:
             place = prepare(
                 stack,
                 cluster,
-                outside_environment(),
+                label_on_one_node,
                 seed=given.seed,
                 minutes=given.minutes,
                 kills=given.round_kills,

@@ -1,17 +1,18 @@
 """The short form of chaos.py on the session's Ray: deaths while storage fails, and a driver that is told to go."""
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 
 import chaos
 import psutil
-import pytest
 from disturbed import weather
+from job_helpers import run_label
 from local_cluster import outside_environment
-from rounds import LabelRound, Place, kind_of
+from rounds import LabelRound, kind_of
 
-UNITS = 16
-KILLS = ("actor", "driver", "actor")
+UNITS = 12
 
 
 class SessionCluster:
@@ -33,36 +34,41 @@ class SessionCluster:
         return found
 
 
-@pytest.fixture(scope="module")
-def place(cluster: str) -> Iterator[Place]:
-    session = SessionCluster(cluster)
-    with ExitStack() as stack:
-        yield chaos.prepare(stack, session, session.environment, seed=4, minutes=10, units=UNITS)
+def label_here(arguments: list[str], log: Path) -> None:
+    assert run_label(*arguments) == 0
 
 
 def deaths(the: LabelRound) -> None:
-    """Each of KILLS once in the middle of the work, while storage is unwell."""
-    the.place.proxy.faults += weather(the.rng, 0.02)
-    the.reasons.add("faults")
+    """While storage is unwell an actor dies, the driver is told to go, and the next driver dies."""
+    the.place.proxy.faults += [fault for fault in weather(the.rng, 0.01) if fault.what != "stall"]
+    the.reasons |= {"faults", "sigterm"}
     command = the.start()
-    for kind in KILLS:
-        while not (the.wait_for_more(command, the.look()) and the.kill(kind, command)):
+
+    def in_the_middle(disturb: Callable[[], bool]) -> None:
+        nonlocal command
+        while not (the.wait_for_more(command, the.look()) and disturb()):
             if not command.running:
-                assert not the.ended(command), "all was labelled before anything died"
+                assert not the.ended(command), "all was labelled before anything happened"
                 command = the.start()
-        if not command.running:
-            the.ended(command)
-            command = the.start()
-    the.finish(command)
+
+    def told_to_go() -> bool:
+        command.process.send_signal(signal.SIGTERM)
+        return command.end() == 130
+
+    in_the_middle(lambda: the.kill("actor", command))
+    in_the_middle(told_to_go)
+    assert "interrupted; what is committed stays" in command.words
+    the.ended(command)
+    command = the.start()
+    in_the_middle(lambda: the.kill("driver", command))
+    the.ended(command)
+    the.finish()
 
 
-def test_kills_while_storage_fails_cost_no_row(place: Place) -> None:
-    chaos.run(place, "deaths", 0, deaths)
-    assert place.tally.kills == {"actor": 2, "driver": 1}
-    assert place.tally.faults.total() > 5
-
-
-def test_a_driver_that_is_told_to_go_commits_and_exits_130(place: Place) -> None:
-    ends = place.tally.ends["130"]
-    chaos.run(place, "sigterm", 1, lambda the: chaos.sigterm(the, longest_pause_s=0.0))
-    assert place.tally.ends["130"] == ends + 1
+def test_deaths_and_faulty_storage_cost_no_row(cluster: str) -> None:
+    with ExitStack() as stack:
+        place = chaos.prepare(stack, SessionCluster(cluster), label_here, seed=4, minutes=10, units=UNITS)
+        chaos.run(place, "deaths", 0, deaths)
+        assert place.tally.kills == {"actor": 1, "driver": 1}
+        assert place.tally.ends["130"] == 1
+        assert place.tally.faults.total() > 3

@@ -94,6 +94,7 @@ def test_a_dead_worker_leaves_no_trace(trained: Path, tmp_path: Path, capsys: py
     assert history(tmp_path) == history(trained)
 
 
+@pytest.mark.long
 def test_a_dead_driver_leaves_no_trace(trained: Path, tmp_path: Path, cluster: str) -> None:
     """Killed after its first checkpoint inside an epoch: the same command goes on."""
     more = (*SCENES, *LEARNING, "checkpoint.every_steps=1", f"output.uri={tmp_path}")

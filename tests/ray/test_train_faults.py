@@ -90,6 +90,7 @@ def last_step(uri: Path | str, storage: dict[str, Any] | None = None) -> int:
     return found[0].step
 
 
+@pytest.mark.long
 def test_images_that_cannot_be_learned_from_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Within the failure budget; tests/training/test_loop.py has what is learned from the others, and the budget."""
     members = {}
