@@ -168,6 +168,8 @@ class Training:
 
     def _fit(self) -> None:
         pool, fewest = self.pool, self.config.resources.min_workers
+        # Read here, not in the workers: paths of a config are those of the driver's folder, not of one of Ray Train's.
+        os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
         trainer = TorchTrainer(
             _work,
             train_loop_config=self._settings,
