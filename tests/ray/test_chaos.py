@@ -12,7 +12,7 @@ from job_helpers import run_label
 from local_cluster import outside_environment
 from rounds import LabelRound, kind_of
 
-UNITS = 12
+UNITS = 40
 
 
 class SessionCluster:
